@@ -1,0 +1,22 @@
+"""CV-VAE and IV-VAE: two video VAEs, exact and streaming. This page is the package's public door."""
+
+from .checkpoints import load, save
+from .codec import VAEInfo, VideoVAE
+from .errors import CheckpointError, LatentFileError, VideoError
+from .memory import Memory
+from .tiles import ReferencePlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "LatentFileError",
+    "Memory",
+    "ReferencePlan",
+    "VAEInfo",
+    "VideoError",
+    "VideoVAE",
+    "__version__",
+    "load",
+    "save",
+]

@@ -1,0 +1,344 @@
+"""IV-VAE (family `iv-vae`): keyframe temporal compression with grouped causal convolutions.
+
+Source: "Improved Video VAE for Latent Video Diffusion Model" (Wu et al., 2024). Every feature map is
+[2-D half | 3-D half] along channels; widths below count one half. One call handles one group: the first frame alone,
+then four frames at a time (one latent each). What passes from group to group lives in a `Memory` of the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .layers import parts_to_frames, per_frame, single_head_attention, upsample_space
+from .memory import Memory, StreamingLayer, name_slots, run_block
+
+GROUP = 4  # frames of every group but the first, which is one frame
+DILATIONS = (3, 6, 9, 12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IVVAEConfig:
+    """What the weights need, and the scaling that belongs to them.
+
+    dim: width of one half at the finest level; the four levels have dim, 2 dim, 4 dim, 4 dim.
+    latent_channels: z, an even number.
+    scale_factor, shift_factor: latent = scale_factor * (mean - shift_factor).
+    """
+
+    dim: int
+    latent_channels: int
+    scale_factor: float
+    shift_factor: float
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.latent_channels < 2 or self.latent_channels % 2:
+            raise ValueError(
+                f"IV-VAE needs dim of at least 1 and an even number of latent channels; got dim={self.dim}, "
+                f"latent_channels={self.latent_channels}. Published: dim 64 or 96 with 4, 8 or 16 channels."
+            )
+        if not (math.isfinite(self.scale_factor) and math.isfinite(self.shift_factor)) or self.scale_factor == 0:
+            raise ValueError(
+                f"IV-VAE needs a finite, nonzero scale_factor and a finite shift_factor; got {self.scale_factor} "
+                f"and {self.shift_factor}."
+            )
+
+
+class RMSNorm(nn.Module):
+    """L2-normalise `halves` equal parts of the channels at every position, times sqrt(part width), times gamma."""
+
+    def __init__(self, width: int, *, halves: int, dims: int) -> None:
+        super().__init__()
+        self.halves = halves
+        self.scale = math.sqrt(width // halves)
+        self.gamma = nn.Parameter(torch.ones(width, *(1,) * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(1, (self.halves, -1))
+        return F.normalize(parts, dim=2).flatten(1, 2) * (self.scale * self.gamma)
+
+
+class GroupedCausalConv3d(StreamingLayer):
+    """3x3x3 over one group: in front the last frame this layer saw before, behind a zero frame; space padded by zeros.
+
+    The first frame of a video is a group of its own and has itself in front.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_out, width_in, 3, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(width_out))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """(b, width_in, t, h, w) to (b, width_out, t, h, w)."""
+        front = memory.get(self.slot)
+        if front is None:
+            front = x[:, :, :1]
+        memory.put(self.slot, x[:, :, -1:].clone())
+        x = torch.cat((front, x, torch.zeros_like(front)), dim=2)  # b c 1+t+1 h w
+        return F.conv3d(x, self.weight, self.bias, padding=(0, 1, 1))
+
+
+class SeparatedConv(nn.Module):
+    """Two kernels that both read all channels: `conv_2d` writes the first half, frame by frame, `conv_3d` the second.
+
+    `width_out` counts one half. With `kernel` 1 neither carries anything from frame to frame.
+    """
+
+    def __init__(self, width_in: int, width_out: int, *, kernel: int) -> None:
+        super().__init__()
+        self.conv_2d = nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2)
+        if kernel == 1:
+            self.conv_3d = nn.Conv3d(width_in, width_out, 1)
+        else:
+            self.conv_3d = GroupedCausalConv3d(width_in, width_out)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        second = self.conv_3d(x, memory) if isinstance(self.conv_3d, GroupedCausalConv3d) else self.conv_3d(x)
+        return torch.cat((per_frame(self.conv_2d, x), second), dim=1)  # b 2c t h w
+
+
+class FrameConv(nn.Module):
+    """One 3x3 convolution of full width, frame by frame: the purely 2-D stages."""
+
+    def __init__(self, width_in: int, width_out: int, *, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2 * width_in, 2 * width_out, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        return per_frame(self.conv, x)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, plus the input; `two_d` for the purely 2-D stages. Widths count one half."""
+
+    def __init__(self, width_in: int, width: int, *, two_d: bool) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(2 * width_in, halves=2, dims=3)
+        self.norm2 = RMSNorm(2 * width, halves=2, dims=3)
+        if two_d:
+            self.conv1 = FrameConv(width_in, width, kernel=3)
+            self.conv2 = FrameConv(width, width, kernel=3)
+        else:
+            self.conv1 = SeparatedConv(2 * width_in, width, kernel=3)
+            self.conv2 = SeparatedConv(2 * width, width, kernel=3)
+        self.shortcut = SeparatedConv(2 * width_in, width, kernel=1) if width_in != width else None
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)), memory)
+        y = self.conv2(F.silu(self.norm2(y)), memory)
+        return y + (x if self.shortcut is None else self.shortcut(x, memory))
+
+
+class FrameAttention(nn.Module):
+    """Attention over the positions of each frame, of one half; adds nothing to its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, halves=1, dims=2)
+        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, width, h, w) to the same."""
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "n (part c) h w -> part n (h w) c", part=3)
+        y = rearrange(single_head_attention(q, k, v), "n (h w) c -> n c h w", h=x.shape[-2])
+        return self.proj(y)
+
+
+class AttentionBlock(nn.Module):
+    """One attention per half, plus the input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention_2d = FrameAttention(width)
+        self.attention_3d = FrameAttention(width)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        return x + torch.cat((per_frame(self.attention_2d, first), per_frame(self.attention_3d, second)), dim=1)
+
+
+class Downsample(nn.Module):
+    """Space / 2 by a strided convolution per half; then, with `halve_time`, time / 2 except for the first frame.
+
+    In time the 2-D half keeps every other frame, the 3-D half merges pairs by `time_conv`.
+    """
+
+    def __init__(self, width: int, *, halve_time: bool) -> None:
+        super().__init__()
+        self.conv_2d = nn.Conv2d(width, width, 3, stride=2)
+        self.conv_3d = nn.Conv2d(width, width, 3, stride=2)
+        self.time_conv = nn.Conv3d(width, width, (2, 1, 1), stride=(2, 1, 1)) if halve_time else None
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        first, second = F.pad(x, (0, 1, 0, 1)).chunk(2, dim=1)
+        first = per_frame(self.conv_2d, first)
+        second = per_frame(self.conv_3d, second)
+        if self.time_conv is not None and x.shape[2] > 1:
+            first = first[:, :, ::2]
+            second = self.time_conv(second)
+        return torch.cat((first, second), dim=1)
+
+
+class Upsample(nn.Module):
+    """With `double_time`, time x2 except for the first frame; then space x2 with half the width out."""
+
+    def __init__(self, width: int, *, double_time: bool) -> None:
+        super().__init__()
+        self.conv_2d = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.conv_3d = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.time_conv = nn.Conv3d(width, 2 * width, 1) if double_time else None
+
+    def forward(self, x: Tensor, memory: Memory, *, first_group: bool) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        if self.time_conv is not None and not first_group:
+            first = first.repeat_interleave(2, dim=2)
+            second = parts_to_frames(self.time_conv(second), 2)
+        first = per_frame(self.conv_2d, upsample_space(first))
+        second = per_frame(self.conv_3d, upsample_space(second))
+        return torch.cat((first, second), dim=1)
+
+
+class ParallelAtrousConv(nn.Module):
+    """1x1, 3x3 and dilated 3x3 convolutions side by side, merged by a 1x1: the motion perception of the encoder's head.
+
+    `width_in` and `width_out` count both halves.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Conv2d(width_in, width_out, 1), nn.Conv2d(width_in, width_out, 3, padding=1)])
+        self.branches.extend(nn.Conv2d(width_in, width_out, 3, padding=d, dilation=d) for d in DILATIONS)
+        self.merge = nn.Conv2d(len(self.branches) * width_out, width_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, width_in, h, w) to (n, width_out, h, w)."""
+        outputs = [branch(x) for branch in self.branches]
+        halves = [y.chunk(2, dim=1) for y in outputs]
+        return self.merge(torch.cat([first for first, _ in halves] + [second for _, second in halves], dim=1))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: IVVAEConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.conv_in = SeparatedConv(3, dim, kernel=3)
+        self.stages = nn.ModuleList(
+            [
+                ResidualBlock(dim, dim, two_d=False),
+                ResidualBlock(dim, dim, two_d=False),
+                Downsample(dim, halve_time=False),
+                ResidualBlock(dim, 2 * dim, two_d=False),
+                ResidualBlock(2 * dim, 2 * dim, two_d=False),
+                Downsample(2 * dim, halve_time=True),
+                ResidualBlock(2 * dim, 4 * dim, two_d=False),
+                ResidualBlock(4 * dim, 4 * dim, two_d=False),
+                Downsample(4 * dim, halve_time=True),
+                AttentionBlock(4 * dim),
+                ResidualBlock(4 * dim, 4 * dim, two_d=True),
+                AttentionBlock(4 * dim),
+                ResidualBlock(4 * dim, 4 * dim, two_d=True),
+                AttentionBlock(4 * dim),
+            ]
+        )
+        self.middle = nn.ModuleList(
+            [
+                ResidualBlock(4 * dim, 4 * dim, two_d=True),
+                AttentionBlock(4 * dim),
+                ResidualBlock(4 * dim, 4 * dim, two_d=True),
+            ]
+        )
+        self.norm_out = RMSNorm(8 * dim, halves=2, dims=3)
+        self.pac = ParallelAtrousConv(8 * dim, 2 * config.latent_channels)
+
+    def forward(self, x: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
+        """(b, 3, 1 or 4, h, w) to (b, 2z, 1, h/8, w/8)."""
+        x = self.conv_in(x, memory)
+        for block in (*self.stages, *self.middle):
+            x = run_block(block, x, memory, checkpointing=checkpointing)
+        return per_frame(self.pac, F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: IVVAEConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.conv_in = nn.Conv2d(config.latent_channels, 8 * dim, 3, padding=1)
+        self.middle = nn.ModuleList(
+            [
+                ResidualBlock(4 * dim, 4 * dim, two_d=True),
+                AttentionBlock(4 * dim),
+                ResidualBlock(4 * dim, 4 * dim, two_d=True),
+            ]
+        )
+        self.stages = nn.ModuleList()
+        for _ in range(3):
+            self.stages.append(ResidualBlock(4 * dim, 4 * dim, two_d=True))
+            self.stages.append(AttentionBlock(4 * dim))
+        self.stages.append(Upsample(4 * dim, double_time=True))
+        for width_in, width, double_time in ((2 * dim, 4 * dim, True), (2 * dim, 2 * dim, False)):
+            self.stages.append(ResidualBlock(width_in, width, two_d=False))
+            self.stages.extend(ResidualBlock(width, width, two_d=False) for _ in range(2))
+            self.stages.append(Upsample(width, double_time=double_time))
+        self.stages.extend(ResidualBlock(dim, dim, two_d=False) for _ in range(3))
+        self.norm_out = RMSNorm(2 * dim, halves=2, dims=3)
+        self.conv_out = SeparatedConv(2 * dim, 3, kernel=3)
+
+    def forward(self, z: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
+        """(b, z, 1, h, w) to (b, 3, 1 or 4, 8h, 8w): one frame for the first latent, four for a later one."""
+        first_group = memory.get(self.conv_out.conv_3d.slot) is None
+        x = per_frame(self.conv_in, z)
+        for block in (*self.middle, *self.stages):
+            if isinstance(block, Upsample):
+                x = block(x, memory, first_group=first_group)
+            else:
+                x = run_block(block, x, memory, checkpointing=checkpointing)
+        keyframe, others = self.conv_out(F.silu(self.norm_out(x)), memory).chunk(2, dim=1)
+        return torch.cat((keyframe[:, :, :1], others[:, :, 1:]), dim=2)
+
+
+class IVVAE(nn.Module):
+    """Encoder and decoder of one group; differentiable, and free of state but for the caller's `Memory`."""
+
+    def __init__(self, config: IVVAEConfig) -> None:
+        super().__init__()
+        z = config.latent_channels
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.to_moments = SeparatedConv(2 * z, z, kernel=1)
+        self.from_latent = SeparatedConv(z, z // 2, kernel=1)
+        name_slots(self)
+
+    def encode(self, group: Tensor, memory: Memory, *, checkpointing: bool = False) -> tuple[Tensor, Tensor]:
+        """Moments of the next group of a video.
+
+        group: (b, 3, t, h, w) in [-1, 1], t = 1 for the first group that `memory` sees, else 4; h and w multiples
+        of 8. With `checkpointing`, activations of the blocks are computed again in the backward pass instead of kept.
+        Returns (mean, logvar), each (b, z, 1, h/8, w/8), unscaled, logvar not clamped.
+        """
+        x = self.to_moments(self.encoder(group, memory, checkpointing=checkpointing), memory)
+        a, b, c, d = x.chunk(4, dim=1)
+        return torch.cat((a, c), dim=1), torch.cat((b, d), dim=1)
+
+    def decode(self, latent: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
+        """Frames of the next latent of a video: (b, z, 1, h, w), unscaled, to (b, 3, t, 8h, 8w), nominally in [-1, 1].
+
+        t is 1 for the first latent that `memory` sees, else 4.
+        """
+        return self.decoder(self.from_latent(latent, memory), memory, checkpointing=checkpointing)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Reconstruction of (b, 3, 1 + 4n, h, w) through the posterior mean, group by group; for short clips."""
+        encoder_memory, decoder_memory = Memory(), Memory()
+        starts = (0, *range(1, video.shape[2], GROUP))
+        groups = (video[:, :, start : start + GROUP if start else 1] for start in starts)
+        means = (self.encode(group, encoder_memory)[0] for group in groups)
+        return torch.cat([self.decode(mean, decoder_memory) for mean in means], dim=2)

@@ -1,0 +1,104 @@
+"""Cutting frames into tiles and blending them: pure functions, tested with an identity model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .windows import SPACE
+
+
+@dataclass(frozen=True)
+class ReferencePlan:
+    """The tiling of the official CV-VAE code: overlapping tiles with linear blending. It is not seam-free.
+
+    tile_px: side of a tile in pixels. overlap: fraction of a tile that it shares with the next, 0 to 0.5.
+    Raises ValueError where tiles of pixels and tiles of latents would not line up.
+    """
+
+    tile_px: int = 576
+    overlap: float = 0.2222
+
+    def __post_init__(self) -> None:
+        fits = self.tile_px >= SPACE and self.tile_px % SPACE == 0 and 0 <= self.overlap <= 0.5
+        if not fits or self.pixels.overlap != SPACE * self.latents.overlap:
+            raise ValueError(
+                f"Tiles of {self.tile_px} px with overlap {self.overlap} do not line up in pixels and latents. "
+                "Allowed are tile sides whose overlap is a whole number of latents: multiples of 72 with overlap "
+                "0.2222 (the official 576), multiples of 32 with 0.25. The overlap lies between 0 and 0.5."
+            )
+
+    @property
+    def pixels(self) -> Grid:
+        return Grid(tile=self.tile_px, overlap=round(self.tile_px * self.overlap))
+
+    @property
+    def latents(self) -> Grid:
+        tile = self.tile_px // SPACE
+        return Grid(tile=tile, overlap=round(tile * self.overlap))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Tiles of side `tile` that share `overlap` with their neighbours, in pixels or in latents."""
+
+    tile: int
+    overlap: int
+
+    @property
+    def stride(self) -> int:
+        return self.tile - self.overlap
+
+    def spans(self, size: int) -> list[tuple[int, int]]:
+        """(start, stop) of every tile over `size`; the last is cut at the edge."""
+        spans = [(0, min(self.tile, size))]
+        while spans[-1][1] < size:
+            start = spans[-1][0] + self.stride
+            spans.append((start, min(start + self.tile, size)))
+        return spans
+
+
+def _blend(y: Tensor, neighbour: Tensor, dim: int) -> None:
+    """Fade, in place, from `neighbour` (the last rows or columns of the tile before) to the start of `y`."""
+    n = min(neighbour.shape[dim], y.shape[dim])
+    start = y.narrow(dim, 0, n)
+    ramp = torch.arange(n, device=y.device, dtype=y.dtype) / neighbour.shape[dim]
+    ramp = ramp.view(-1, *(1,) * (-1 - dim))
+    start.copy_(neighbour.narrow(dim, 0, n) * (1 - ramp) + start * ramp)
+
+
+def run_tiled(x: Tensor, run: Callable[[Tensor], Tensor], *, source: Grid, target: Grid) -> Tensor:
+    """`run` on every tile of (..., h, w), blended into one tensor as the official code does.
+
+    Each tile fades first from the one above, then from the one on the left, both as already blended.
+    """
+    rows, columns = source.spans(x.shape[-2]), source.spans(x.shape[-1])
+    if len(rows) == len(columns) == 1:
+        return run(x)
+    out: Tensor | None = None
+    above: list[Tensor] = []
+    for i, (top, bottom) in enumerate(rows):
+        left: Tensor | None = None
+        edges: list[Tensor] = []
+        for j, (start, stop) in enumerate(columns):
+            y = run(x[..., top:bottom, start:stop])
+            if above:
+                _blend(y, above[j], -2)
+            if left is not None:
+                _blend(y, left, -1)
+            if out is None:
+                height, width = (n * target.tile // source.tile for n in x.shape[-2:])
+                out = y.new_empty(*y.shape[:-2], height, width)
+            left = y[..., y.shape[-1] - target.overlap :] if target.overlap else None
+            if target.overlap:
+                edges.append(y[..., y.shape[-2] - target.overlap :, :].clone())
+            last_row, last_column = i == len(rows) - 1, j == len(columns) - 1
+            keep = y[..., : None if last_row else target.stride, : None if last_column else target.stride]
+            y0, x0 = i * target.stride, j * target.stride
+            out[..., y0 : y0 + keep.shape[-2], x0 : x0 + keep.shape[-1]] = keep
+        above = edges
+    assert out is not None
+    return out
