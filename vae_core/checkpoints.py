@@ -16,7 +16,7 @@ from .cv_vae import CVVAEConfig
 from .detect import describe_foreign, family_of
 from .errors import CheckpointError
 from .files import read_weights, strip_foreign
-from .keys import Model, build, family_of_config, infer_config, key_map
+from .keys import Config, Model, build, family_of_config, infer_config, key_map
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_WEIGHTS = {
@@ -85,11 +85,14 @@ def save(vae: VideoVAE, path: str | os.PathLike[str], *, dtype: torch.dtype | No
     """Write the weights under official names, which the official code loads.
 
     path: ends in .safetensors, or in .pth for torch.save of the bare state dict. dtype: None keeps the model's.
-    The file appears under its name only when it is complete. Raises CheckpointError for another ending.
+    The file appears under its name only when it is complete. Raises CheckpointError for another ending or a folder that
+    does not exist, OSError where the disk does not take it.
     """
     target = Path(path)
     if target.suffix not in (".safetensors", ".pth"):
         raise CheckpointError(f"Cannot save weights as {target.name}: give a name that ends in .safetensors or .pth.")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"Cannot save {target.name}: the folder {target.parent} does not exist. Make it first.")
     state = {
         name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in official_state(vae.model).items()
     }
@@ -132,7 +135,7 @@ def _number(metadata: Mapping[str, Any], name: str, origin: str) -> float | None
         ) from error
 
 
-def _meta_model(config: Any, origin: str) -> Model:
+def _meta_model(config: Config, origin: str) -> Model:
     try:
         with torch.device("meta"):
             return build(config)
@@ -151,8 +154,8 @@ def _assign(
     if missing or unknown:
         raise CheckpointError(
             f"{origin} looks like {family} weights, but {_few(missing, 'is missing', 'are missing')}"
-            f"{' and ' if missing and unknown else ''}{_few(unknown, 'is unknown', 'are unknown')}. It is incomplete or "
-            "altered, or of another version: download it again, or save only the VAE's own tensors."
+            f"{' and ' if missing and unknown else ''}{_few(unknown, 'is unknown', 'are unknown')}. It is incomplete "
+            "or altered, or of another version: download it again, or save only the VAE's own tensors."
         )
     state: dict[str, Tensor] = {}
     for theirs, (ours, shape) in expected.items():

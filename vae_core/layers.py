@@ -58,8 +58,9 @@ class PaddedConv3d(nn.Conv3d):
         self.time_replicate = time_replicate
         self.space_padding: SpacePadding = space_padding
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the base class's name for it
         """(b, width_in, t, h, w) to (b, width_out, t', h', w')."""
+        x = input
         left, right = self.space
         space = (left, right, left, right)
         if self.time_replicate and self.space_padding == "replicate":

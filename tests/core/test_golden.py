@@ -133,7 +133,10 @@ def test_published_names_and_shapes_load_strictly(name: str) -> None:
         )
     else:
         assert vae.model.config == CVVAEConfig(
-            widths=(128, 256, 512, 512), blocks_per_level=2, latent_channels=16 if "sd3" in name else 4, sd3="sd3" in name
+            widths=(128, 256, 512, 512),
+            blocks_per_level=2,
+            latent_channels=16 if "sd3" in name else 4,
+            sd3="sd3" in name,
         )
     assert vae.info.parameters == sum(torch.Size(shape).numel() for shape in shapes.values())
 
