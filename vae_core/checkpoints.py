@@ -139,7 +139,7 @@ def _meta_model(config: Config, origin: str) -> Model:
     try:
         with torch.device("meta"):
             return build(config)
-    except (RuntimeError, MemoryError, OverflowError) as error:
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         raise CheckpointError(f"{origin} implies impossible widths, {config}: the file is damaged.") from error
 
 

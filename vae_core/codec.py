@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .cv_vae import CVVAE
+from .detect import Family
 from .iv_vae import GROUP, IVVAE
-from .keys import Family, Model, family_of_config
+from .keys import Model, family_of_config
 from .memory import Memory
 from .tiles import ReferencePlan, run_tiled
 from .windows import (

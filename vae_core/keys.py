@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
 
 from .cv_vae import CVVAE, LEVELS, CVVAEConfig
+from .detect import Family
 from .errors import CheckpointError
 from .iv_vae import IVVAE, IVVAEConfig
 
-Family = Literal["cv-vae", "cv-vae-sd3", "iv-vae"]
 Shape = tuple[int, ...]
 Config = CVVAEConfig | IVVAEConfig
 Model = CVVAE | IVVAE
