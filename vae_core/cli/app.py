@@ -1,0 +1,390 @@
+"""The commands."""
+
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from .. import __version__
+from ..checkpoints import DEMO_FOLDER, load
+from ..codec import VideoVAE
+from ..downloads import OFFICIAL_FILES, download
+from ..headers import UnreadableError, read_header
+from ..latents import TENSOR, LatentFile, open_latent
+from ..video import OUTPUT_SUFFIXES, check_output_name, probe
+from . import report
+from .guard import UserError, err, guarded, note, out, set_debug
+from .work import Advance, Clip, Quality, check_outputs, decode, encode, notes_on, open_clip, reconstruct, source_of
+
+DEMO_CLIP = DEMO_FOLDER / "demo_clip.mp4"
+DEMO_NAMES = ("demo-cv-vae", "demo-iv-vae")
+DEMO_COLUMNS = 5
+
+app = typer.Typer(
+    help="CV-VAE and IV-VAE: video into latents and back, exactly and in bounded memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+class DType(str, Enum):
+    """Precisions that can be asked for."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Weights = Annotated[
+    str,
+    typer.Option("--weights", "-w", help="A weights file or folder, or demo-cv-vae, demo-iv-vae.", metavar="FILE"),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Draw from the posterior with this seed; without: its mean.")]
+DTypeOption = Annotated[DType, typer.Option("--dtype", help="Precision; auto: bfloat16 on CUDA, else float32.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps ...")]
+Start = Annotated[int, typer.Option("--start", min=0, help="First frame to use, counted from 0.")]
+Frames = Annotated[int | None, typer.Option("--frames", min=1, help="How many frames to use; without: to the end.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+Video = Annotated[Path, typer.Argument(help="A video or an image file.", show_default=False)]
+
+
+def run() -> None:
+    """Run the command line; ends in SystemExit."""
+    app(prog_name="cviv-vae")
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(f"cviv-vae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and end.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """CV-VAE and IV-VAE: video into latents and back, exactly and in bounded memory."""
+    set_debug(debug)
+
+
+@app.command()
+@guarded
+def info(
+    file: Annotated[Path, typer.Argument(help="Weights (file or folder), a latent file, or a video.")],
+) -> None:
+    """Say what a weights file, a latent file or a video holds."""
+    if file.suffix.lower() in OUTPUT_SUFFIXES:
+        out.print(_video_block(file), markup=False)
+        return
+    if _is_latent(file):
+        out.print(_latent_block(open_latent(file)), markup=False)
+        return
+    vae = load(str(file), dtype=None)
+    out.print(f"{file}\n{vae.info}\nstored as        {_name(vae.dtype)}", markup=False)
+
+
+@app.command("encode")
+@guarded
+def encode_command(
+    video: Video,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The latent file; NAME.latent.safetensors here if left out.")
+    ] = None,
+    weights: Weights = "demo-cv-vae",
+    seed: Seed = None,
+    dtype: DTypeOption = DType.auto,
+    device: Device = "auto",
+    start: Start = 0,
+    frames: Frames = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a video into a latent file."""
+    path = output or Path(f"{video.stem}.latent.safetensors")
+    check_outputs((path,), overwrite=overwrite, inputs=(video,))
+    clip = _open(video, start, frames)
+    vae = _load(weights, dtype, device)
+    with _progress("encoding", clip.expected) as advance:
+        encode(vae, clip, path, seed=seed, advance=advance)
+    out.print(_latent_block(open_latent(path)), markup=False)
+
+
+@app.command("decode")
+@guarded
+def decode_command(
+    latents: Annotated[Path, typer.Argument(help="A latent file that encode wrote.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The video; NAME_decoded.mp4 here if left out.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", "-w", help="The weights that encoded it; the demo weights of its family if left out."
+        ),
+    ] = None,
+    dtype: DTypeOption = DType.auto,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a latent file back into a video, with the sound of its source."""
+    path = output or Path(f"{latents.name.split('.')[0]}_decoded.mp4")
+    check_output_name(path)
+    file = open_latent(latents)
+    source, missing = source_of(file)
+    check_outputs((path,), overwrite=overwrite, inputs=[latents] + ([source.path] if source else []))
+    vae = _load_for(file, weights, dtype, device)
+    if missing is not None:
+        note(missing)
+    with _progress("decoding", file.meta.frames) as advance:
+        decode(vae, file, path, source=source, advance=advance)
+    _say_written((("video", path),))
+
+
+@app.command("reconstruct")
+@guarded
+def reconstruct_command(
+    video: Video,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The reconstruction; NAME_reconstruction.mp4 here if left out."),
+    ] = None,
+    weights: Weights = "demo-cv-vae",
+    seed: Seed = None,
+    dtype: DTypeOption = DType.auto,
+    device: Device = "auto",
+    start: Start = 0,
+    frames: Frames = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Send a video through a VAE and back; write it, a side-by-side, and say how close it is."""
+    plain = output or Path(f"{video.stem}_reconstruction.mp4")
+    beside = plain.with_name(f"{plain.stem if output else video.stem}_side_by_side{plain.suffix}")
+    check_output_name(plain)
+    check_outputs((plain, beside), overwrite=overwrite, inputs=(video,))
+    clip = _open(video, start, frames)
+    vae = _load(weights, dtype, device)
+    with _progress("reconstructing", clip.expected) as advance:
+        quality = reconstruct(vae, clip, plain=plain, beside=beside, seed=seed, advance=advance)
+    out.print(report.quality_table(quality, out.width))
+    psnr, ssim = quality.mean
+    count = len(quality.psnr)
+    out.print(
+        f"mean of {count} frame{'s' * (count != 1)}: PSNR {report.figure(psnr, 2)} dB, SSIM {report.figure(ssim, 4)}"
+    )
+    _say_written((("reconstruction", plain), ("side by side", beside)))
+
+
+@app.command("download")
+@guarded
+def download_command(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(OFFICIAL_FILES)}.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder it goes into.")] = Path("models"),
+) -> None:
+    """Fetch official weights from their authors, and check them."""
+    official = OFFICIAL_FILES.get(name)
+    if official is None:
+        raise UserError(f"{name!r} is not a published file; choose one of {', '.join(OFFICIAL_FILES)}.")
+    if official.host == "huggingface":
+        path = download(name, output)  # its library draws a bar of its own
+    else:
+        with _bar("downloading", None, unit="MB") as (bar, task):
+
+            def report_bytes(here: int, total: int | None) -> None:
+                bar.update(task, completed=here // 10**6, total=None if total is None else total // 10**6)
+
+            path = download(name, output, report=report_bytes)
+    out.print(f"{path}\nlicence: {official.licence}; from {official.page}", markup=False, soft_wrap=True)
+
+
+@app.command()
+@guarded
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the results; made if needed.")] = Path(
+        "cviv_vae_demo"
+    ),
+    dtype: DTypeOption = DType.auto,
+    device: Device = "auto",
+    frames: Frames = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Send the bundled clip through both demo VAEs; write videos and a contact sheet."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; give a folder with -o.")
+    output.mkdir(parents=True, exist_ok=True)
+    sheet = output / "contact_sheet.png"
+    videos = {name: (output / f"{name}.mp4", output / f"{name}_side_by_side.mp4") for name in DEMO_NAMES}
+    check_outputs([path for pair in videos.values() for path in pair] + [sheet], overwrite=overwrite)
+    clip = _open(DEMO_CLIP, 0, frames)
+    shown = report.spread(clip.expected or 1, DEMO_COLUMNS)
+    results: list[tuple[str, Quality, float]] = []
+    pickers: list[report.FramePicker] = []
+    for name, (plain, beside) in videos.items():
+        vae, picker, began = _load(name, dtype, device), report.FramePicker(shown), time.monotonic()
+        with _progress(name, clip.expected) as advance:
+            quality = reconstruct(vae, clip, plain=plain, beside=beside, seed=None, advance=advance, watch=picker)
+        results.append((f"{name} (z {vae.info.latent_channels})", quality, time.monotonic() - began))
+        pickers.append(picker)
+    _draw_sheet(sheet, clip, pickers, results)
+    out.print(report.summary_table(results))
+    out.print(
+        "Demo weights are small and briefly trained: they show that all works, not what the papers' models reach."
+    )
+    _say_written([(name, path) for name, pair in videos.items() for path in pair] + [("contact sheet", sheet)])
+
+
+def _draw_sheet(
+    path: Path, clip: Clip, pickers: list[report.FramePicker], results: list[tuple[str, Quality, float]]
+) -> None:
+    shown = sorted(pickers[0].originals)
+    rows = [("Original", f"{clip.info.width} x {clip.info.height}", [pickers[0].originals[i] for i in shown])]
+    for label, picker, (_, quality, _) in zip(("CV-VAE demo", "IV-VAE demo"), pickers, results, strict=True):
+        psnr, ssim = quality.mean
+        rows.append((label, f"{psnr:.2f} dB, SSIM {ssim:.3f}", [picker.results[i] for i in shown]))
+    report.contact_sheet(path, title="CV-VAE and IV-VAE, demo weights", rows=rows, frames=shown)
+
+
+# ------------------------------------------------------------------------------------------------------ helpers
+
+
+def _open(path: Path, start: int, frames: int | None) -> Clip:
+    clip = open_clip(path, start, frames)
+    for text in notes_on(clip):
+        note(text)
+    return clip
+
+
+def _load(weights: str, dtype: DType, device: str) -> VideoVAE:
+    where = _device(device)
+    if dtype is DType.auto:
+        kind = torch.bfloat16 if where.type == "cuda" else torch.float32
+    else:
+        kind = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16, DType.float16: torch.float16}[dtype]
+    return load(weights, device=where, dtype=kind)
+
+
+def _load_for(file: LatentFile, weights: str | None, dtype: DType, device: str) -> VideoVAE:
+    """The VAE for a latent file: of the same family and channels."""
+    channels = file.shape[1]
+    if weights is None:
+        weights = {("cv-vae", 4): "demo-cv-vae", ("iv-vae", 16): "demo-iv-vae"}.get((file.meta.family, channels))
+        if weights is None:
+            raise UserError(
+                f"{file.path} was made by {file.meta.family} with {channels} latent channels, of which there are no "
+                "demo weights; name the weights that made it with --weights."
+            )
+        note(f"decoding with {weights}; if other weights made this file, name them with --weights.")
+    vae = _load(weights, dtype, device)
+    if (vae.family, vae.info.latent_channels) != (file.meta.family, channels):
+        raise UserError(
+            f"{file.path} was made by {file.meta.family} with {channels} latent channels, and {weights} is "
+            f"{vae.family} with {vae.info.latent_channels}; name the weights that made it with --weights."
+        )
+    return vae
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device; use auto, cpu, cuda, cuda:0 or mps.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name} is not there: this torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps is not there: this torch sees no Apple GPU; use --device cpu.")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} cannot be used; use auto, cpu, cuda, cuda:0 or mps.")
+    return device
+
+
+class _Speed(ProgressColumn):
+    """Frames per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f}/s", style="progress.data.speed")
+
+
+@contextmanager
+def _bar(what: str, total: int | None, unit: str) -> Generator[tuple[Progress, TaskID], None, None]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(
+        *columns, _Speed(), TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal
+    ) as bar:
+        yield bar, bar.add_task(what, total=total)
+
+
+@contextmanager
+def _progress(what: str, total: int | None) -> Generator[Advance, None, None]:
+    with _bar(what, total, "frames") as (bar, task):
+        yield lambda count: bar.advance(task, count)
+
+
+def _say_written(files: Iterable[tuple[str, Path]]) -> None:
+    for name, path in files:
+        out.print(f"{name}: {path}", markup=False, soft_wrap=True)
+
+
+def _is_latent(path: Path) -> bool:
+    try:
+        return TENSOR in read_header(path).shapes
+    except UnreadableError:
+        return False
+
+
+def _latent_block(file: LatentFile) -> str:
+    meta, (_, channels, length, height, width) = file.meta, file.shape
+    source = f"{meta.audio}, from frame {meta.start}" if meta.audio else "none"
+    return "\n".join(
+        (
+            str(file.path),
+            f"family           {meta.family}",
+            f"latent           {length} frames of {width}x{height}, {channels} channels, {_name(file.dtype)}",
+            f"video            {meta.frames} frames of {meta.width}x{meta.height}, {float(meta.fps):g} frames/s",
+            f"scaled           {'yes, by the VAE' if meta.scaled else 'no, the sampler does it'}",
+            f"sound from       {source}",
+        )
+    )
+
+
+def _video_block(path: Path) -> str:
+    found = probe(path)
+    frames = found.frames or f"about {found.expected_frames or '?'}"
+    return "\n".join(
+        (
+            str(path),
+            f"video            {found.width}x{found.height}, {found.codec}",
+            f"frames           {frames} at {float(found.fps):g} frames/s",
+            f"sound            {found.audio_codec or 'none'}",
+        )
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,114 @@
+"""Every way a command can end: its exit code and its one line."""
+
+import errno
+import functools
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn, ParamSpec
+
+import torch
+import typer
+from rich.console import Console
+
+from ..downloads import DownloadError
+from ..errors import CheckpointError, LatentFileError, VideoError
+
+P = ParamSpec("P")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class UserError(ValueError):
+    """A choice on the command line that cannot be carried out."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: end as on Ctrl-C."""
+
+
+class _Mode:
+    debug = False
+
+
+def set_debug(value: bool) -> None:
+    """Whether unexpected errors show their traceback."""
+    _Mode.debug = value
+
+
+def note(text: str) -> None:
+    """One line to stderr that is no error."""
+    err.print(f"Note: {text}", soft_wrap=True, markup=False)
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn whatever ends `command` into one line on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            with _terminable():
+                command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _end("Stopped. No unfinished file is left behind.", 130)
+        except Terminated:
+            _end("Ended from outside. No unfinished file is left behind.", 143)
+        except (UserError, CheckpointError, LatentFileError, VideoError) as error:
+            _end(str(error), 2)
+        except DownloadError as error:
+            _end(str(error), 1)
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            _end("Out of memory. Use a smaller picture, --dtype bfloat16, or --device cpu.", 1)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                _end("The disk is full. No unfinished file is left behind; make room, or choose another -o.", 1)
+            if error.errno is None:
+                _unexpected(error)
+            _end(_os_words(error), 2)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:
+            _unexpected(error)
+
+    return wrapper
+
+
+def _unexpected(error: Exception) -> NoReturn:
+    if _Mode.debug:
+        traceback.print_exc()
+    first = (str(error).strip().splitlines() or [""])[0]
+    _end(f"Unexpected {type(error).__name__}: {first} (cviv-vae --debug ... shows where)", 1)
+
+
+def _os_words(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}."
+
+
+def _end(line: str, code: int) -> NoReturn:
+    if _Mode.debug and sys.exc_info()[0] is not None and code == 2:
+        traceback.print_exc()
+    err.print(f"Error: {line}" if code in (1, 2) else line, soft_wrap=True, markup=False)
+    raise typer.Exit(code) from None
+
+
+@contextmanager
+def _terminable() -> Generator[None, None, None]:
+    """Let SIGTERM unwind the stack, so that nothing half-written stays."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
