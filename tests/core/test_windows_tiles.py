@@ -162,7 +162,9 @@ def test_blending_fades_from_the_tile_before() -> None:
     assert y[-1, -1] == 3
 
 
-@pytest.mark.parametrize(("tile", "overlap"), [(576, 0.26), (100, 0.25), (0, 0.25), (64, 0.6), (64, -0.1), (48, 0.2222)])
+@pytest.mark.parametrize(
+    ("tile", "overlap"), [(576, 0.26), (100, 0.25), (0, 0.25), (64, 0.6), (64, -0.1), (48, 0.2222)]
+)
 def test_tiles_that_do_not_line_up_are_refused(tile: int, overlap: float) -> None:
     with pytest.raises(ValueError, match=r"multiples of 72 with overlap 0\.2222"):
         ReferencePlan(tile, overlap)

@@ -1,0 +1,165 @@
+"""The training command of the demo weights, run for real: small, but on the models and the data it ships for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import vae_core
+from vae_core.checkpoints import DEMO_FOLDER
+from vae_core.training.data import ImagePool, TrainingDataError, procedural_images, read_photographs
+from vae_core.training.demo import Family, Recipe, Stage, fit, main, parse_crops, reconstruction_loss
+from vae_core.training.figures import centre_square, psnr, shrunk_and_enlarged
+from vae_core.training.image_vae import CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
+from vae_core.training.optimizer import orthogonalised
+from vae_core.video import read_frames
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other make these small convolutions many times slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _recipe(steps: int) -> Recipe:
+    return Recipe(minutes=1.0, steps=steps, lr=0.02, crops=((32, 1, 4),), seed=0)
+
+
+@pytest.mark.parametrize("family", ["cv-vae", "iv-vae"])
+def test_a_few_steps_lower_the_error(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: CVImageVAE | IVImageVAE
+    if family == "cv-vae":
+        model = CVImageVAE(CVImageConfig(widths=(32, 32, 32, 32), blocks_per_level=1, latent_channels=4))
+    else:
+        model = IVImageVAE(IVImageConfig(dim=4, latent_channels=8, halves=2))
+    pool = ImagePool([], procedural_images(4, 64, seed=0), photo_share=0.0)
+    generator = torch.Generator().manual_seed(0)
+    pixels = pool.crops(2, 32, generator)  # the same at every step
+    errors: list[float] = []
+    saves: list[int] = []
+
+    def loss() -> tuple[Tensor, float]:
+        moments = model.encode(pixels)
+        noise = torch.randn(moments[0].shape, generator=generator)
+        value, error = reconstruction_loss(pixels, moments, model.decode, noise)
+        errors.append(error)
+        return value, error
+
+    steps = fit(model, "conv_out", loss, _recipe(40), lambda: saves.append(len(errors)), tmp_path / "log", warm_up=5)
+    assert steps == len(errors) == 40
+    assert saves == [40]  # the last weights are always kept
+    assert np.mean(errors[-4:]) < 0.6 * np.mean(errors[:4])
+
+
+@pytest.mark.parametrize("family", list(Family))
+def test_the_command_goes_from_nothing_to_a_loadable_file(family: Family, tmp_path: Path) -> None:
+    main(family=family, out=tmp_path, stage=Stage.ALL, procedural=2, steps=2, crops="32x5x1,32x1x2")
+    path = tmp_path / f"demo_{family.value.replace('-', '_')}.safetensors"
+    assert path.stat().st_size < 8_000_000
+    vae = vae_core.load(path)
+    assert vae.family == family.value
+    clip = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    latent = vae.encode(clip)
+    assert latent.shape == (1, 4 if family is Family.CV else 16, 2, 4, 4)
+    assert torch.isfinite(vae.decode(latent)).all()
+    if family is Family.IV:
+        assert vae.info.scale_factor != 1.0  # made from the latents' own deviation, and kept in the file
+    trained = vae_core.load(tmp_path / "video.safetensors").model.state_dict()
+    for name, stored in vae.model.state_dict().items():
+        assert torch.equal(stored, trained[name].half().float()), name
+
+
+def test_data_is_the_same_for_the_same_seed() -> None:
+    images = procedural_images(6, 96, seed=3)
+    again = procedural_images(6, 96, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(images, again, strict=True))
+    assert not torch.equal(images[0], procedural_images(1, 96, seed=4)[0])
+    pool = ImagePool([], images, photo_share=0.5)
+    clips = [pool.clips(3, 9, 48, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(clips[0], clips[1])
+    assert clips[0].shape == (3, 3, 9, 48, 48)
+    assert clips[0].min() >= -1
+    assert clips[0].max() <= 1
+
+
+def test_clips_move_and_some_stand_still() -> None:
+    pool = ImagePool([], procedural_images(4, 128, seed=0), photo_share=0.0)
+    clips = pool.clips(40, 5, 48, torch.Generator().manual_seed(0))
+    moved = (clips[:, :, -1] - clips[:, :, 0]).abs().amax(dim=(1, 2, 3))
+    assert (moved == 0).any()
+    assert (moved > 0.1).sum() > 10
+
+
+def test_photographs_are_read_with_their_half_sizes(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, size=(400, 500, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "large.png")
+    Image.fromarray(picture[:50, :50]).save(tmp_path / "too_small.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    photographs = read_photographs(tmp_path)
+    assert [tuple(x.shape) for x in photographs] == [(3, 400, 500), (3, 200, 250)]
+    blocks = picture.reshape(200, 2, 250, 2, 3).mean((1, 3)).transpose(2, 0, 1)
+    assert np.abs(photographs[1].numpy() - blocks).max() <= 0.5
+
+
+def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDataError, match=r"No image of at least 96 x 96 pixels in .*put photographs there"):
+        read_photographs(tmp_path)
+    with pytest.raises(TrainingDataError, match="nothing to train on: give photographs, procedural images or both"):
+        ImagePool([], [], photo_share=0.5)
+    pool = ImagePool([], procedural_images(1, 64, seed=0), photo_share=0.5)
+    with pytest.raises(TrainingDataError, match="holds a square of 96 pixels: give larger images or train on smaller"):
+        pool.crops(1, 96, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("text", ["64", "64x6", "60x1x6", "64x2x1", "64x1x0", "", "64x1x6,"])
+def test_crops_that_make_no_clip_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="side x frames x batch, sides multiples of 8 and frames 1, 5, 9"):
+        parse_crops(text)
+
+
+def test_crops_are_read() -> None:
+    assert parse_crops("64x1x6, 128x5x1") == ((64, 1, 6), (128, 5, 1))
+
+
+@pytest.mark.parametrize("shape", [(8, 30), (30, 8), (12, 12)])
+def test_orthogonalised_evens_out_the_singular_values(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    before, after = torch.linalg.svdvals(matrix), torch.linalg.svdvals(orthogonalised(matrix))
+    assert before.max() / before.min() > 2
+    assert after.min() > 0.5
+    assert after.max() < 1.3
+    # and it keeps the directions: the product with the polar factor is near the identity
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.trace((u @ vh).T @ orthogonalised(matrix)) > 0.7 * min(shape)
+
+
+@pytest.mark.parametrize(("name", "margin"), [("demo-cv-vae", 1.0), ("demo-iv-vae", 0.5)])
+def test_the_bundled_weights_beat_shrinking_on_the_bundled_clip(name: str, margin: float) -> None:
+    frames = torch.cat(list(read_frames(DEMO_FOLDER / "demo_clip.mp4", frames=5)), dim=2)
+    assert frames.shape == (1, 3, 5, 192, 320)
+    baseline, value = psnr(vae_core.load(name), frames[..., 32:160, 96:224])
+    assert 20 < baseline < 30
+    assert value > baseline + margin
+
+
+def test_the_square_that_figures_are_taken_of() -> None:
+    video = torch.zeros(1, 3, 2, 512, 900)
+    video[..., 194:706] = torch.linspace(-1, 1, 512)
+    square = centre_square(video)
+    assert square.shape == (1, 3, 2, 256, 256)
+    assert square[0, 0, 0, 0, 0] == pytest.approx(-1, abs=0.01)  # nothing from beyond the square's left edge
+    assert square[0, 0, 0, 0, -1] == pytest.approx(1, abs=0.01)
+    assert ((square + 1) * 127.5).frac().minimum(1 - ((square + 1) * 127.5).frac()).max() < 1e-3  # 8-bit steps
+    flat = torch.full((1, 3, 1, 64, 64), 0.25)
+    assert torch.allclose(shrunk_and_enlarged(flat), flat)

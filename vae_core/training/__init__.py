@@ -1,0 +1,1 @@
+"""Training: an image VAE, its inflation into a video VAE, and the video stage."""
