@@ -66,7 +66,7 @@ class VAEInfo:
                 f"compression      {self.time_compression}x in time, {space} in space",
                 f"widths           {self.widths}",
                 f"parameters       {self.parameters:,}",
-                f"latent scale     {self.scale_factor:g} * (latent - {self.shift_factor:g}), applied {scaled}",
+                f"latent scale     {self.scale_factor:g} * (latent {-self.shift_factor:+g}), applied {scaled}",
                 f"safe dtypes      {dtypes}",
             )
         )
