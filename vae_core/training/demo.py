@@ -28,10 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoints import load, save
-from ..codec import VideoVAE
+from ..codec import IV_FRAMES, VideoVAE
 from ..cv_vae import CVVAE, CVVAEConfig
-from ..iv_vae import GROUP, IVVAE, IVVAEConfig
+from ..iv_vae import IVVAE, IVVAEConfig
 from ..memory import Memory
+from ..windows import rechunk
 from .data import ImagePool, procedural_images, read_photographs
 from .image_vae import CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
 from .inflation import inflate_cv, inflate_iv
@@ -194,17 +195,12 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ video
 
 
-def _groups(video: Tensor) -> list[Tensor]:
-    """The first frame, then the rest four by four."""
-    return [video[:, :, :1], *video[:, :, 1:].split(GROUP, dim=2)] if video.shape[2] > 1 else [video]
-
-
 def video_moments(model: CVVAE | IVVAE, video: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and logvar of a clip of at most 17 frames, (b, 3, 1 + 4n, h, w), with gradients; unscaled."""
     if isinstance(model, CVVAE):
         return model.encode(video)
     memory = Memory()
-    pairs = [model.encode(group, memory) for group in _groups(video)]
+    pairs = [model.encode(group, memory) for group in rechunk([video], IV_FRAMES)]
     return torch.cat([mean for mean, _ in pairs], dim=2), torch.cat([logvar for _, logvar in pairs], dim=2)
 
 
