@@ -4,7 +4,8 @@ from .checkpoints import load, save
 from .codec import VAEInfo, VideoVAE
 from .errors import CheckpointError, LatentFileError, VideoError
 from .memory import Memory
-from .tiles import ReferencePlan
+from .planner import Plan
+from .tiles import ReferencePlan, TilePlan
 
 __version__ = "0.1.0"
 
@@ -12,7 +13,9 @@ __all__ = [
     "CheckpointError",
     "LatentFileError",
     "Memory",
+    "Plan",
     "ReferencePlan",
+    "TilePlan",
     "VAEInfo",
     "VideoError",
     "VideoVAE",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from .cv_vae import CVVAE
 from .detect import Family
 from .iv_vae import GROUP, IVVAE
 from .keys import Model, family_of_config
-from .memory import Memory
-from .tiles import ReferencePlan, run_tiled
+from .pieces import Pass, Recover, make_pass, run_pieces
+from .planner import Budget, Plan, choose, describe, device_bytes, smaller
+from .prediction import CHUNK_LATENTS, Task
+from .tiles import AnyPlan, TilePlan
 from .windows import (
     SPACE,
     TIME,
@@ -27,6 +30,7 @@ from .windows import (
 )
 
 Progress = Callable[[int, int], None]
+Direction = Literal["decode", "encode"]
 
 CV_FRAMES, CV_LATENTS = Windowing(first=17, step=16, overlap=1), Windowing(first=5, step=4, overlap=1)
 IV_FRAMES, IV_LATENTS = Windowing(first=1, step=GROUP, overlap=0), Windowing(first=1, step=1, overlap=0)
@@ -58,6 +62,7 @@ class VAEInfo:
     def __str__(self) -> str:
         scaled = "by the sampler" if self.scaled_by == "sampler" else "by this VAE"
         space = f"{self.space_compression}x{self.space_compression}"
+        shifted = f"(latent {-self.shift_factor:+g})" if self.shift_factor else "latent"
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.safe_dtypes)
         return "\n".join(
             (
@@ -66,7 +71,7 @@ class VAEInfo:
                 f"compression      {self.time_compression}x in time, {space} in space",
                 f"widths           {self.widths}",
                 f"parameters       {self.parameters:,}",
-                f"latent scale     {self.scale_factor:g} * (latent {-self.shift_factor:+g}), applied {scaled}",
+                f"latent scale     {self.scale_factor:g} * {shifted}, applied {scaled}",
                 f"safe dtypes      {dtypes}",
             )
         )
@@ -134,30 +139,33 @@ class VideoVAE:
         pad: bool = False,
         sample: bool = False,
         generator: torch.Generator | None = None,
-        plan: ReferencePlan | None = None,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """Latent of a whole clip: the posterior mean, or a draw from the posterior with `sample`.
 
         video: (b, 3, t, h, w) in [-1, 1] with t = 1 + 4N and h, w multiples of 8; with `pad`, any t, h, w: the last
         frame and the right and bottom edge are repeated, and `decode(..., frames=t, size=(h, w))` gives back what went
-        in. generator: makes the draw repeatable. plan: the official CV-VAE tiling; None encodes whole frames.
-        progress: called with (latents done, latents in all) after every chunk.
+        in. generator: makes the draw repeatable. plan, recover: how to run and what to do when memory runs out, as in
+        `decode`. progress: called with (latents done, latents in all) after every chunk.
         Returns (b, z, t', h', w'). Raises ValueError for a wrong shape or dtype.
         """
         self._check_video(video, pad=pad)
-        stream = self.encode_stream([video], pad=pad, sample=sample, generator=generator, plan=plan)
+        stream = self.encode_stream([video], pad=pad, sample=sample, generator=generator, plan=plan, recover=recover)
         return _collect(stream, latent_frames(video.shape[2]), progress)
 
-    def moments(self, video: Tensor, *, pad: bool = False, plan: ReferencePlan | None = None) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, video: Tensor, *, pad: bool = False, plan: AnyPlan = None, recover: Recover | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(mean, logvar) of the posterior of a whole clip, each (b, z, t', h', w'), unscaled, logvar not clamped.
 
         Arguments and errors as in `encode`.
         """
         self._check_video(video, pad=pad)
         total = latent_frames(video.shape[2])
-        both = _collect((torch.cat(pair, dim=1) for pair in self._moments([video], pad=pad, plan=plan)), total, None)
-        mean, logvar = both.chunk(2, dim=1)
+        pairs = self._moments([video], pad=pad, plan=plan, recover=recover)
+        mean, logvar = _collect((torch.cat(pair, dim=1) for pair in pairs), total, None).chunk(2, dim=1)
         return mean, logvar
 
     def encode_stream(
@@ -167,44 +175,38 @@ class VideoVAE:
         pad: bool = False,
         sample: bool = False,
         generator: torch.Generator | None = None,
-        plan: ReferencePlan | None = None,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
     ) -> Iterator[Tensor]:
         """Latents of a stream of (b, 3, t, h, w) pieces, any t each, as (b, z, t', h', w') pieces; holds one chunk.
 
         How the stream is cut does not change the result. Without `pad`, raises ValueError at the end of a stream that
         did not have 1 + 4N frames. Other arguments as in `encode`.
         """
-        for mean, logvar in self._moments(frames, pad=pad, plan=plan):
+        for mean, logvar in self._moments(frames, pad=pad, plan=plan, recover=recover):
             latent = _draw(mean, logvar, generator, clamp=isinstance(self.model, CVVAE)) if sample else mean
             if isinstance(self.model, IVVAE):
                 latent = self.model.config.scale_factor * (latent - self.model.config.shift_factor)
             yield latent
 
     def _moments(
-        self, frames: Iterable[Tensor], *, pad: bool, plan: ReferencePlan | None
+        self, frames: Iterable[Tensor], *, pad: bool, plan: AnyPlan, recover: Recover | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         pieces = self._checked(frames, 3, "video", "frames in [-1, 1]")
         pieces = pad_stream(pieces) if pad else whole_stream(pieces)
-        step = self._encode_step(plan)
         windowing = IV_FRAMES if isinstance(self.model, IVVAE) else CV_FRAMES
+        work = make_pass(self.model, plan, decoding=False)
         drop = 0
-        for chunk in rechunk(pieces, windowing):
-            mean, logvar = step(chunk.to(self.device, self.dtype)).to(chunk.device).chunk(2, dim=1)
-            yield mean[:, :, drop:], logvar[:, :, drop:]
+        for both in self._run(rechunk(pieces, windowing), work, recover):
+            mean, logvar = both[:, :, drop:].chunk(2, dim=1)
+            del both
+            yield mean, logvar
+            del mean, logvar  # not while the next chunk runs
             drop = windowing.overlap
 
-    def _encode_step(self, plan: ReferencePlan | None) -> Callable[[Tensor], Tensor]:
-        """The function that turns one chunk after another into moments (b, 2z, t', h', w')."""
-        model = self.model
-        if isinstance(model, IVVAE):
-            self._refuse_plan(plan)
-            memory = Memory()
-            return lambda group: torch.cat(model.encode(group, memory), dim=1)
-        if plan is None:
-            return lambda chunk: torch.cat(model.encode(chunk), dim=1)
-        return lambda chunk: run_tiled(
-            chunk, lambda x: torch.cat(model.encode(x), dim=1), source=plan.pixels, target=plan.latents
-        )
+    def _run(self, pieces: Iterable[Tensor], work: Pass, recover: Recover | None) -> Iterator[Tensor]:
+        pieces = (self._without_graph(piece) if isinstance(work.plan, TilePlan) else piece for piece in pieces)
+        return run_pieces(pieces, work, device=self.device, dtype=self.dtype, recover=recover)
 
     # ---------------------------------------------------------------------------------------------- decoding
 
@@ -214,15 +216,19 @@ class VideoVAE:
         *,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
-        plan: ReferencePlan | None = None,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """Frames of a whole latent.
 
         latent: (b, z, t', h', w'), unscaled for CV-VAE, scaled for IV-VAE, as `encode` gives it.
         frames: how many to return, from the first; size: (height, width) to return, from the top left: what `pad` added
-        goes. plan: the official CV-VAE tiling; None decodes whole frames. progress: called with (frames done, frames in
-        all) after every chunk.
+        goes. plan: how to run: None for whole frames, a `TilePlan` for exact tiles, a `ReferencePlan` for the official
+        tiling of CV-VAE; `plan_decode` chooses one. recover: called with the error and the plan when memory runs out;
+        it returns the plan by which to go on at the failed piece, or None to give up, and the error is raised. What
+        was done before stays; the tensors of the failed piece are freed by then. progress: called with (frames done,
+        frames in all) after every chunk.
         Returns (b, 3, t, h, w), nominally in [-1, 1], not clamped; t = 1 + 4 (t' - 1) unless `frames` is given.
         Raises ValueError for a wrong shape, dtype, `frames` or `size`.
         """
@@ -235,7 +241,7 @@ class VideoVAE:
                 f"frames={frames} was asked for, but {latent.shape[2]} latents decode to {available} frames; give a "
                 f"number from 1 to {available}, or leave it out."
             )
-        stream = self.decode_stream(latent, frames=frames, size=size, plan=plan)
+        stream = self.decode_stream(latent, frames=frames, size=size, plan=plan, recover=recover)
         return _collect(stream, available if frames is None else frames, progress)
 
     def decode_stream(
@@ -244,7 +250,8 @@ class VideoVAE:
         *,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
-        plan: ReferencePlan | None = None,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
     ) -> Iterator[Tensor]:
         """Frames of a latent, or of a stream of (b, z, t', h', w') pieces of any t', chunk by chunk; holds one chunk.
 
@@ -252,18 +259,16 @@ class VideoVAE:
         """
         pieces = [latent] if isinstance(latent, Tensor) else latent
         pieces = self._checked(pieces, self.model.config.latent_channels, "latent", "unit-scale values")
-        step = self._decode_step(plan)
         windowing = IV_LATENTS if isinstance(self.model, IVVAE) else CV_LATENTS
+        work = make_pass(self.model, plan, decoding=True)
         drop, done = 0, 0
-        for chunk in rechunk(pieces, windowing):
-            _check_size(size, chunk)
-            keep = None if frames is None else drop + frames - done
-            y = step(chunk.to(self.device, self.dtype))[:, :, drop:keep]
-            if size is not None:
-                y = y[..., : size[0], : size[1]]
+        chunks = (_size_checked(chunk, size) for chunk in rechunk(pieces, windowing))
+        for y in self._run(chunks, work, recover):
+            y = y[:, :, drop : None if frames is None else drop + frames - done]
             drop = windowing.overlap
             done += y.shape[2]
-            yield y.to(chunk.device)
+            yield y if size is None else y[..., : size[0], : size[1]]
+            del y  # not while the next chunk runs
             if done == frames:
                 return
         if frames is not None:
@@ -272,25 +277,126 @@ class VideoVAE:
                 "leave it out."
             )
 
-    def _decode_step(self, plan: ReferencePlan | None) -> Callable[[Tensor], Tensor]:
-        """The function that turns one chunk of latents after another into frames."""
-        model = self.model
-        if isinstance(model, IVVAE):
-            self._refuse_plan(plan)
-            memory, config = Memory(), model.config
-            return lambda z: model.decode(z / config.scale_factor + config.shift_factor, memory)
-        if plan is None:
-            return model.decode
-        return lambda chunk: run_tiled(chunk, model.decode, source=plan.latents, target=plan.pixels)
+    # ---------------------------------------------------------------------------------------------- planning
+
+    def plan_decode(
+        self,
+        shape: Sequence[int],
+        *,
+        budget_bytes: int | None = None,
+        ram_bytes: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Plan:
+        """How a latent of `shape` (b, z, t, h, w) would be decoded within `budget_bytes` of device memory.
+
+        The exact plan with the least work that fits; where none does, the one with the least memory, with `fits` False.
+        ram_bytes: what may wait in RAM between tiles; no limit, if not given. dtype: the model's, if not
+        given. device: where it will run; if not given, where the weights lie, or an accelerator if they lie in RAM
+        and there is one. Weights are not counted. Raises ValueError for a wrong shape or budget.
+        """
+        task = self._task(shape, "decode", dtype)
+        budget = Budget(device=_checked_bytes(budget_bytes, "budget_bytes"), ram=_checked_bytes(ram_bytes, "ram_bytes"))
+        return choose(task, budget, on_cpu=self._on_cpu(device))
+
+    def plan_encode(
+        self,
+        shape: Sequence[int],
+        *,
+        budget_bytes: int | None = None,
+        ram_bytes: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Plan:
+        """How a video of `shape` (b, 3, t, h, w) would be encoded, padded where needed; as `plan_decode`."""
+        task = self._task(shape, "encode", dtype)
+        budget = Budget(device=_checked_bytes(budget_bytes, "budget_bytes"), ram=_checked_bytes(ram_bytes, "ram_bytes"))
+        return choose(task, budget, on_cpu=self._on_cpu(device))
+
+    def describe_plan(
+        self, plan: AnyPlan, shape: Sequence[int], direction: Direction, *, dtype: torch.dtype | None = None
+    ) -> Plan:
+        """What running by `plan` means for a latent ("decode") or a video ("encode") of `shape`."""
+        return describe(self._task(shape, direction, dtype), plan, Budget())
+
+    def smaller_plan(
+        self,
+        plan: AnyPlan,
+        shape: Sequence[int],
+        direction: Direction,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> TilePlan | None:
+        """The next exact plan that needs clearly less memory than `plan`, or None; for `recover` of `decode`.
+
+        shape: of the latent for direction "decode", of the video for "encode". dtype, device: as in `plan_decode`.
+        """
+        return smaller(self._task(shape, direction, dtype), plan, on_cpu=self._on_cpu(device))
+
+    def decode_bytes(
+        self,
+        height: int,
+        width: int,
+        *,
+        frames: int | None = None,
+        dtype: torch.dtype | None = None,
+        plan: AnyPlan = None,
+    ) -> int:
+        """Predicted peak of device memory while decoding one clip of height x width latents, without weights.
+
+        frames: pixel frames of the clip, where it may be shorter than a chunk. plan: as in `decode`.
+        """
+        latents = CHUNK_LATENTS if frames is None else latent_frames(frames)
+        shape = (1, self.model.config.latent_channels, latents, height, width)
+        return device_bytes(self._task(shape, "decode", dtype), plan)
+
+    def encode_bytes(
+        self,
+        height: int,
+        width: int,
+        *,
+        frames: int | None = None,
+        dtype: torch.dtype | None = None,
+        plan: AnyPlan = None,
+    ) -> int:
+        """As `decode_bytes`, while encoding one clip of height x width pixels."""
+        frames = pixel_frames(CHUNK_LATENTS) if frames is None else frames
+        return device_bytes(self._task((1, 3, frames, height, width), "encode", dtype), plan)
+
+    def _on_cpu(self, device: torch.device | str | None) -> bool:
+        if device is not None:
+            return torch.device(device).type == "cpu"
+        accelerated = torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()
+        return self.device.type == "cpu" and not accelerated
+
+    def _task(self, shape: Sequence[int], direction: Direction, dtype: torch.dtype | None) -> Task:
+        decoding = direction == "decode"
+        channels = self.model.config.latent_channels if decoding else 3
+        if len(shape) != 5 or shape[1] != channels or min(shape) < 1:
+            raise ValueError(
+                f"A plan to {direction} was asked for shape {tuple(shape)}; {self.family} needs (batch, {channels}, "
+                "frames, height, width), none of them 0."
+            )
+        batch, _, frames, height, width = shape
+        return Task(
+            config=self.model.config,
+            dtype=dtype or self.dtype,
+            decoding=decoding,
+            batch=batch,
+            latents=frames if decoding else latent_frames(frames),
+            size=(height, width) if decoding else (-(-height // SPACE), -(-width // SPACE)),
+        )
 
     # ---------------------------------------------------------------------------------------------- checks
 
-    def _refuse_plan(self, plan: ReferencePlan | None) -> None:
-        if plan is not None:
+    def _without_graph(self, piece: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (piece.requires_grad or any(p.requires_grad for p in self.model.parameters())):
             raise ValueError(
-                f"A ReferencePlan is the official tiling of CV-VAE, and this is {self.family}, whose official code "
-                "does not tile. Leave plan out."
+                "Exact tiles keep nothing for gradients, and the input or the model requires them. Leave plan out, or "
+                "run under torch.no_grad()."
             )
+        return piece
 
     def _check_video(self, video: Tensor, *, pad: bool) -> None:
         self._check_piece(video, 3, "video", "frames in [-1, 1]")
@@ -337,9 +443,9 @@ def _shape_hint(piece: Tensor, channels: int) -> str:
     return ""
 
 
-def _check_size(size: tuple[int, int] | None, chunk: Tensor) -> None:
+def _size_checked(chunk: Tensor, size: tuple[int, int] | None) -> Tensor:
     if size is None:
-        return
+        return chunk
     full = [SPACE * n for n in chunk.shape[-2:]]
     if not all(n - SPACE < given <= n for given, n in zip(size, full, strict=True)):
         raise ValueError(
@@ -347,6 +453,13 @@ def _check_size(size: tuple[int, int] | None, chunk: Tensor) -> None:
             f"padding adds fewer than {SPACE} pixels, so allowed are heights {full[0] - SPACE + 1} to {full[0]} and "
             f"widths {full[1] - SPACE + 1} to {full[1]}."
         )
+    return chunk
+
+
+def _checked_bytes(count: int | None, name: str) -> int | None:
+    if count is not None and count < 1:
+        raise ValueError(f"{name}={count} was given; it is a number of bytes above 0. Leave it out for no limit.")
+    return count
 
 
 def _draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None, *, clamp: bool) -> Tensor:
@@ -365,6 +478,7 @@ def _collect(pieces: Iterable[Tensor], total: int, progress: Progress | None) ->
             out = piece.new_empty(*piece.shape[:2], total, *piece.shape[3:])
         out[:, :, done : done + piece.shape[2]] = piece
         done += piece.shape[2]
+        del piece  # not while the next chunk runs
         if progress is not None:
             progress(done, total)
     assert out is not None

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import PaddedConv3d, SpacePadding, parts_to_frames, per_frame, single_head_attention, upsample_space
+from .layers import (
+    PaddedConv3d,
+    SpacePadding,
+    activate,
+    add,
+    enlarged_convolution,
+    parts_to_frames,
+    per_frame,
+    single_head_attention,
+)
 from .memory import run_plain
 
 GROUPS = 32
@@ -84,9 +93,10 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv3d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = per_frame(self.conv2, F.silu(self.norm2(y)))
-        return self.shortcut(x) + y
+        y = self.conv1(activate(self.norm1(x)))
+        y = activate(self.norm2(y))  # what conv1 gave is let go before conv2 runs
+        y = per_frame(self.conv2, y)
+        return add(y, self.shortcut(x))
 
 
 class TemporalAttention(nn.Module):
@@ -135,13 +145,21 @@ class Upsample(nn.Module):
     def __init__(self, width: int, config: CVVAEConfig, *, double_time: bool) -> None:
         super().__init__()
         self.parts = 2 if double_time else 1
+        self.replicate = config.space_padding == "replicate"
         self.conv = PaddedConv3d(
             width, width * self.parts, time=(1, 1), time_replicate=True, space_padding=config.space_padding
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = parts_to_frames(self.conv(upsample_space(x)), self.parts)  # b c (t parts) 2h 2w
-        return y[:, :, self.parts - 1 :]
+        b, c, t, h, w = x.shape
+        n = self.parts
+        out = x.new_empty(b, c, n * t - (n - 1), 2 * h, 2 * w)
+        padded = F.pad(x, (0, 0, 0, 0, 1, 1), mode="replicate")
+        padded = F.pad(padded, (1, 1, 1, 1, 0, 0), mode="replicate" if self.replicate else "constant")
+        for i, j, y in enlarged_convolution(padded, self.conv.weight, self.conv.bias):
+            frames = parts_to_frames(y, n)  # b c (t parts) h w
+            out[..., i::2, j::2] = frames[:, :, n - 1 :]
+        return out
 
 
 def _run(blocks: Iterable[nn.Module], x: Tensor, *, checkpointing: bool) -> Tensor:
@@ -187,7 +205,7 @@ class Encoder(nn.Module):
         for level in self.levels:
             x = _run(level.children(), x, checkpointing=checkpointing)
         x = _run(self.middle, x, checkpointing=checkpointing)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(activate(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -218,7 +236,7 @@ class Decoder(nn.Module):
         x = _run(self.middle, x, checkpointing=checkpointing)
         for level in self.levels:
             x = _run(level.children(), x, checkpointing=checkpointing)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(activate(self.norm_out(x)))
 
 
 class CVVAE(nn.Module):

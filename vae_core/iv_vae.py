@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import parts_to_frames, per_frame, single_head_attention, upsample_space
+from .layers import activate, add, enlarged_convolution, parts_to_frames, per_frame, single_head_attention
 from .memory import Memory, StreamingLayer, name_slots, run_block
 
 GROUP = 4  # frames of every group but the first, which is one frame
 DILATIONS = (3, 6, 9, 12)
 EPS = 1e-12  # shortest length that RMSNorm divides by
+ENCODER_FINE = 9  # stages of the encoder in front of its first attention
+DECODER_COARSE = 6  # stages of the decoder up to its last attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,8 @@ class RMSNorm(nn.Module):
             length = torch.linalg.vector_norm(parts, dim=2, keepdim=True).clamp_min(EPS)
         else:  # the same; vector_norm is slow on a CPU along an axis that is not the last
             length = parts.square().sum(dim=2, keepdim=True).clamp_min(EPS**2).sqrt()
-        return (parts / length).flatten(1, 2) * (self.scale * self.gamma)
+        y, gamma = (parts / length).flatten(1, 2), self.scale * self.gamma
+        return y * gamma if y.requires_grad or gamma.requires_grad else y.mul_(gamma)
 
 
 class GroupedCausalConv3d(StreamingLayer):
@@ -84,11 +87,16 @@ class GroupedCausalConv3d(StreamingLayer):
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """(b, width_in, t, h, w) to (b, width_out, t, h, w)."""
         front = memory.get(self.slot)
-        if front is None:
-            front = x[:, :, :1]
         memory.put(self.slot, x[:, :, -1:].clone())
-        x = torch.cat((front, x, torch.zeros_like(front)), dim=2)  # b c 1+t+1 h w
-        return F.conv3d(x, self.weight, self.bias, padding=(0, 1, 1))
+        if front is None:  # it would be the frame itself
+            first, middle, _ = self.weight.split(1, dim=2)
+            return F.conv3d(x, first + middle, self.bias, padding=(0, 1, 1))
+        x = torch.cat((front, x), dim=2)  # b c 1+t h w
+        last = F.conv3d(x[:, :, -2:], self.weight[:, :, :2], self.bias, padding=(0, 1, 1))  # a zero frame adds nothing
+        if x.shape[2] == 2:
+            return last
+        x = F.conv3d(x, self.weight, self.bias, padding=(0, 1, 1))
+        return torch.cat((x, last), dim=2)
 
 
 class SeparatedConv(nn.Module):
@@ -137,9 +145,10 @@ class ResidualBlock(nn.Module):
         self.shortcut = SeparatedConv(2 * width_in, width, kernel=1) if width_in != width else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), memory)
-        y = self.conv2(F.silu(self.norm2(y)), memory)
-        return y + (x if self.shortcut is None else self.shortcut(x, memory))
+        y = self.conv1(activate(self.norm1(x)), memory)
+        y = activate(self.norm2(y))  # what conv1 gave is let go before conv2 runs
+        y = self.conv2(y, memory)
+        return add(y, x if self.shortcut is None else self.shortcut(x, memory))
 
 
 class FrameAttention(nn.Module):
@@ -204,12 +213,23 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory, *, first_group: bool) -> Tensor:
         first, second = x.chunk(2, dim=1)
+        repeats = 1
         if self.time_conv is not None and not first_group:
-            first = first.repeat_interleave(2, dim=2)
+            repeats = 2
             second = parts_to_frames(self.time_conv(second), 2)
-        first = per_frame(self.conv_2d, upsample_space(first))
-        second = per_frame(self.conv_3d, upsample_space(second))
-        return torch.cat((first, second), dim=1)
+        b, c, t, h, w = second.shape
+        out = x.new_empty(b, c, t, 2 * h, 2 * w)  # both halves, each half as wide as before
+        _enlarge(first, self.conv_2d, out[:, : c // 2], repeats)
+        _enlarge(second, self.conv_3d, out[:, c // 2 :], 1)
+        return out
+
+
+def _enlarge(x: Tensor, conv: nn.Conv2d, out: Tensor, repeats: int) -> None:
+    """Nearest x2 in space and `conv`, every frame `repeats` times, written to `out`."""
+    frames = F.pad(rearrange(x, "b c t h w -> (b t) c h w"), (1, 1, 1, 1))
+    for i, j, y in enlarged_convolution(frames, conv.weight, conv.bias):
+        y = rearrange(y, "(b t) c h w -> b c t h w", b=x.shape[0])
+        out[..., i::2, j::2] = y.repeat_interleave(repeats, dim=2) if repeats > 1 else y
 
 
 class ParallelAtrousConv(nn.Module):
@@ -264,12 +284,26 @@ class Encoder(nn.Module):
         self.norm_out = RMSNorm(8 * dim, halves=2, dims=3)
         self.pac = ParallelAtrousConv(8 * dim, 2 * config.latent_channels)
 
+    @property
+    def fine_layers(self) -> list[nn.Module]:
+        """The layers that see no more than their neighbourhood, in order."""
+        return [self.conv_in, *self.stages[:ENCODER_FINE]]
+
+    def fine_layer(self, i: int, x: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
+        """The i-th layer of the convolutions down to latent resolution: (b, 3, t, h, w) to (b, 8 dim, 1, h/8, w/8)."""
+        return run_block(self.fine_layers[i], x, memory, checkpointing=checkpointing and i > 0)
+
+    def coarse(self, x: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
+        """The rest, attention included: (b, 8 dim, 1, h, w) to (b, 2z, 1, h, w)."""
+        for block in (*self.stages[ENCODER_FINE:], *self.middle):
+            x = run_block(block, x, memory, checkpointing=checkpointing)
+        return per_frame(self.pac, activate(self.norm_out(x)))
+
     def forward(self, x: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
         """(b, 3, 1 or 4, h, w) to (b, 2z, 1, h/8, w/8)."""
-        x = self.conv_in(x, memory)
-        for block in (*self.stages, *self.middle):
-            x = run_block(block, x, memory, checkpointing=checkpointing)
-        return per_frame(self.pac, F.silu(self.norm_out(x)))
+        for i in range(len(self.fine_layers)):
+            x = self.fine_layer(i, x, memory, checkpointing=checkpointing)
+        return self.coarse(x, memory, checkpointing=checkpointing)
 
 
 class Decoder(nn.Module):
@@ -297,18 +331,35 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(2 * dim, halves=2, dims=3)
         self.conv_out = SeparatedConv(2 * dim, 3, kernel=3)
 
+    @property
+    def fine_layers(self) -> list[nn.Module]:
+        """The layers that see no more than their neighbourhood, in order."""
+        return [*self.stages[DECODER_COARSE:], self.conv_out]
+
+    def coarse(self, z: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
+        """Everything up to the last attention, at latent resolution: (b, z, 1, h, w) to (b, 8 dim, 1, h, w)."""
+        x = per_frame(self.conv_in, z)
+        for block in (*self.middle, *self.stages[:DECODER_COARSE]):
+            x = run_block(block, x, memory, checkpointing=checkpointing)
+        return x
+
+    def fine_layer(self, i: int, x: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
+        """The i-th layer of the rest, only convolutions: (b, 8 dim, 1, h, w) to (b, 3, 1 or 4, 8h, 8w)."""
+        block = self.fine_layers[i]
+        if isinstance(block, Upsample):
+            last = cast("GroupedCausalConv3d", self.conv_out.conv_3d)
+            return block(x, memory, first_group=last.slot not in memory)
+        if block is not self.conv_out:
+            return run_block(block, x, memory, checkpointing=checkpointing)
+        keyframe, others = self.conv_out(activate(self.norm_out(x)), memory).chunk(2, dim=1)
+        return torch.cat((keyframe[:, :, :1], others[:, :, 1:]), dim=2)
+
     def forward(self, z: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
         """(b, z, 1, h, w) to (b, 3, 1 or 4, 8h, 8w): one frame for the first latent, four for a later one."""
-        last = cast("GroupedCausalConv3d", self.conv_out.conv_3d)
-        first_group = memory.get(last.slot) is None
-        x = per_frame(self.conv_in, z)
-        for block in (*self.middle, *self.stages):
-            if isinstance(block, Upsample):
-                x = block(x, memory, first_group=first_group)
-            else:
-                x = run_block(block, x, memory, checkpointing=checkpointing)
-        keyframe, others = self.conv_out(F.silu(self.norm_out(x)), memory).chunk(2, dim=1)
-        return torch.cat((keyframe[:, :, :1], others[:, :, 1:]), dim=2)
+        x = self.coarse(z, memory, checkpointing=checkpointing)
+        for i in range(len(self.fine_layers)):
+            x = self.fine_layer(i, x, memory, checkpointing=checkpointing)
+        return x
 
 
 class IVVAE(nn.Module):
@@ -331,8 +382,11 @@ class IVVAE(nn.Module):
         of 8. With `checkpointing`, activations of the blocks are computed again in the backward pass instead of kept.
         Returns (mean, logvar), each (b, z, 1, h/8, w/8), unscaled, logvar not clamped.
         """
-        x = self.to_moments(self.encoder(group, memory, checkpointing=checkpointing), memory)
-        a, b, c, d = x.chunk(4, dim=1)
+        return self.moments_of(self.encoder(group, memory, checkpointing=checkpointing), memory)
+
+    def moments_of(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """(mean, logvar) of what the encoder gave, (b, 2z, 1, h, w)."""
+        a, b, c, d = self.to_moments(x, memory).chunk(4, dim=1)
         return torch.cat((a, c), dim=1), torch.cat((b, d), dim=1)
 
     def decode(self, latent: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -23,14 +25,40 @@ def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
     return rearrange(y, "(b t) c h w -> b c t h w", b=b)
 
 
-def upsample_space(x: Tensor) -> Tensor:
-    """Nearest-neighbour enlargement by two in height and width, frame by frame."""
-    return x.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)  # b c t 2h 2w
+def enlarged_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
+    """Nearest x2 in height and width, then a convolution that is 3x3 there: four convolutions of 2x2 on the small grid.
+
+    x: frames (n, c, h, w) or clips (b, c, t, h, w), padded by one in height and width, clips also in time. Every pixel
+    of the large frame sees only two rows and columns of the small one, so taps that meet the same pixel are summed.
+    Yields (i, j, pixels of rows i, i + 2, ... and columns j, j + 2, ... of the large frame).
+    """
+    convolve = F.conv3d if x.ndim == 5 else F.conv2d
+    height, width = x.shape[-2] - 1, x.shape[-1] - 1
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # sums of taps are rounded once
+    for i, rows in enumerate(_shared_taps(wide, -2)):
+        for j, kernel in enumerate(_shared_taps(rows, -1)):
+            yield i, j, convolve(x[..., i : i + height, j : j + width], kernel.to(weight.dtype), bias)
+
+
+def _shared_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three taps as the two of even and the two of odd positions behind nearest x2."""
+    before, at, after = weight.unbind(dim)
+    return torch.stack((before, at + after), dim), torch.stack((before + at, after), dim)
 
 
 def parts_to_frames(x: Tensor, parts: int) -> Tensor:
     """Read channels as (parts, c) and interleave the parts into time: frame t, part n becomes frame t * parts + n."""
     return rearrange(x, "b (n c) t h w -> b c (t n) h w", n=parts)
+
+
+def activate(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nobody else needs: in place, unless a gradient needs it."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
+def add(y: Tensor, x: Tensor) -> Tensor:
+    """y + x, into `y`, which nobody else needs, unless a gradient needs it."""
+    return y + x if y.requires_grad or x.requires_grad else y.add_(x)
 
 
 class PaddedConv3d(nn.Conv3d):

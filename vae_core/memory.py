@@ -33,6 +33,14 @@ class Memory:
     def __iter__(self) -> Iterator[str]:
         return iter(self._frames)
 
+    def snapshot(self) -> dict[str, Tensor]:
+        """What is kept now, for `restore`. Kept tensors are never written to, so this copies no data."""
+        return dict(self._frames)
+
+    def restore(self, frames: dict[str, Tensor]) -> None:
+        """Go back to a `snapshot`."""
+        self._frames = dict(frames)
+
     @property
     def nbytes(self) -> int:
         """Bytes held by all kept tensors."""

@@ -42,6 +42,33 @@ class ReferencePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TilePlan:
+    """Exact tiles: the result is that of whole frames to rounding, with no seams and nothing blended.
+
+    tile: side of a tile in latents (8 pixels each), or (height, width), not counting what a tile must see around it.
+    A frame is cut into as few tiles of at most this size as there can be, all about equally large.
+    offload: what waits between tiles lies in RAM, not on the device: slower, and less memory on the device. For CV-VAE
+    these are the activations of a whole chunk, for IV-VAE the frame that every causal convolution remembers.
+    Raises ValueError for sides below 1.
+    """
+
+    tile: int | tuple[int, int]
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.sides) != 2 or any(side < 1 or side % 1 for side in self.sides):
+            raise ValueError(
+                f"A tile of {self.tile} latents was asked for; a side is a whole number of latents, at least 1 "
+                "(8 pixels). Give one side such as tile=32, or (height, width)."
+            )
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) in latents."""
+        return (self.tile, self.tile) if isinstance(self.tile, int) else self.tile
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """Tiles of side `tile` that share `overlap` with their neighbours, in pixels or in latents."""
 
@@ -59,6 +86,9 @@ class Grid:
             start = spans[-1][0] + self.stride
             spans.append((start, min(start + self.tile, size)))
         return spans
+
+
+AnyPlan = TilePlan | ReferencePlan | None  # None: whole frames
 
 
 def _blend(y: Tensor, neighbour: Tensor, dim: int) -> None:

@@ -1,0 +1,156 @@
+"""How to run a clip in a given amount of memory. Predictions only; nothing here knows how long anything takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from .iv_vae import IVVAEConfig
+from .prediction import CHUNK_LATENTS, Task, predict
+from .regions import split
+from .tiles import AnyPlan, ReferencePlan, TilePlan
+from .windows import SPACE
+from .work import halo_overhead
+
+MARGIN = 1.25  # what an allocator's slack and the workspaces of kernels add to live tensors, by published accounts
+SIDES = (128, 96, 64, 48, 32, 24, 16, 12, 8)  # tile sides that are tried, in latents
+LARGEST_CONVOLUTION = 2**31 - 1  # elements; above, GPU libraries leave their fast and safe paths
+# What waiting in RAM is taken to cost, as a share of the computation. Only the order of plans depends on it.
+OFFLOAD_COST_IV, OFFLOAD_COST_CV = 0.5, 2.0
+CLEARLY_LESS = 0.85  # of the memory of a plan that failed is what the next one may need
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes that may be taken of the device and of RAM; None is no limit."""
+
+    device: int | None = None
+    ram: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a clip would run, and what that is predicted to need. `str(plan)` says it in words.
+
+    tiles: what to hand to `decode` or `encode` as `plan`; None for whole frames.
+    chunks: pieces in time. tile_count: tiles of a piece, 1 for whole frames.
+    device_bytes: peak on the device, without weights, with what is kept from piece to piece, and with a quarter on top
+    for what an allocator and kernels take. host_bytes: RAM for what waits between tiles off the device.
+    result_bytes: the whole result in the network's number format, for those who keep it whole.
+    exact: whether the result is that of whole frames (to rounding).
+    fits: whether device_bytes, and host_bytes where RAM is limited, stay within the budget; True without one.
+    halo_overhead: extra convolution work because tiles overlap; 0.12 is 12 %.
+    """
+
+    tiles: AnyPlan
+    chunks: int
+    tile_count: int
+    device_bytes: int
+    host_bytes: int
+    result_bytes: int
+    exact: bool
+    fits: bool
+    halo_overhead: float
+
+    def __str__(self) -> str:
+        pieces = "1 piece" if self.chunks == 1 else f"{self.chunks} pieces in time, one after another"
+        fits = "" if self.fits else " This does not fit the budget; no smaller way is known."
+        exact = "exact" if self.exact else "not exact: blended"
+        return "\n".join(
+            (
+                f"{self._how()}; {pieces}.",
+                f"Device memory: about {_size(self.device_bytes)} beside the weights.{fits}",
+                f"RAM: {self._ram()}.",
+                f"Result: {exact}. Extra work for halos: {100 * self.halo_overhead:.0f} %.",
+            )
+        )
+
+    def _ram(self) -> str:
+        result = f"{_size(self.result_bytes)} for the result where it is kept whole"
+        return f"about {_size(self.host_bytes)} while it runs, {result}" if self.host_bytes else f"about {result}"
+
+    def _how(self) -> str:
+        if self.tiles is None:
+            return "Whole frames"
+        if isinstance(self.tiles, ReferencePlan):
+            return f"Official tiles of {self.tiles.tile_px} px, {self.tile_count} per piece"
+        height, width = self.tiles.sides
+        waits = ", with what waits between tiles in RAM" if self.tiles.offload else ""
+        return (
+            f"Exact tiles of at most {height}x{width} latents ({SPACE * height}x{SPACE * width} px), "
+            f"{self.tile_count} per piece{waits}"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def tile_plans(task: Task, *, on_cpu: bool) -> list[TilePlan]:
+    """Exact tiles for frames of this size, the plan with the least work first."""
+    sides = [side for side in SIDES if side < max(task.size)]
+    places = (False,) if on_cpu else (False, True)
+    return sorted((TilePlan(tile=n, offload=place) for n in sides for place in places), key=lambda p: _cost(task, p))
+
+
+def _cost(task: Task, plan: TilePlan) -> float:
+    waiting = OFFLOAD_COST_IV if isinstance(task.config, IVVAEConfig) else OFFLOAD_COST_CV
+    return halo_overhead(task.config, task.size, plan, decoding=task.decoding) + (waiting if plan.offload else 0.0)
+
+
+def device_bytes(task: Task, tiles: AnyPlan) -> int:
+    """Predicted peak of one piece on the device, margin included, without weights."""
+    return ceil(MARGIN * predict(task.piece, tiles).device)
+
+
+def choose(task: Task, budget: Budget, *, on_cpu: bool) -> Plan:
+    """The plan with the least work that fits; the one with the least device memory where none does."""
+    plans: list[AnyPlan] = [None, *tile_plans(task, on_cpu=on_cpu)]
+    for tiles in plans:
+        sound = on_cpu or predict(task.piece, tiles).largest_convolution <= LARGEST_CONVOLUTION
+        if sound and _fits(task, tiles, budget):
+            return describe(task, tiles, budget)
+    return describe(task, min(plans, key=lambda tiles: device_bytes(task, tiles)), budget)
+
+
+def _fits(task: Task, tiles: AnyPlan, budget: Budget) -> bool:
+    device = budget.device is None or device_bytes(task, tiles) <= budget.device
+    return device and (budget.ram is None or predict(task.piece, tiles).host <= budget.ram)
+
+
+def smaller(task: Task, tiles: AnyPlan, *, on_cpu: bool) -> TilePlan | None:
+    """The plan with the least work that needs clearly less memory than `tiles`; None where there is none."""
+    limit = CLEARLY_LESS * device_bytes(task, tiles)
+    return next((plan for plan in tile_plans(task, on_cpu=on_cpu) if device_bytes(task, plan) <= limit), None)
+
+
+def describe(task: Task, tiles: AnyPlan, budget: Budget) -> Plan:
+    """What running by `tiles` means."""
+    tiled = isinstance(tiles, TilePlan)
+    return Plan(
+        tiles=tiles,
+        chunks=_chunks(task),
+        tile_count=_tile_count(task, tiles),
+        device_bytes=device_bytes(task, tiles),
+        host_bytes=predict(task.piece, tiles).host,
+        result_bytes=task.result_bytes,
+        exact=tiles is None or tiled or _tile_count(task, tiles) == 1,
+        fits=_fits(task, tiles, budget),
+        halo_overhead=halo_overhead(task.config, task.size, tiles, decoding=task.decoding) if tiled else 0.0,
+    )
+
+
+def _chunks(task: Task) -> int:
+    if isinstance(task.config, IVVAEConfig):
+        return task.latents
+    return max(1, ceil((task.latents - 1) / (CHUNK_LATENTS - 1)))
+
+
+def _tile_count(task: Task, tiles: AnyPlan) -> int:
+    if tiles is None:
+        return 1
+    if isinstance(tiles, TilePlan):
+        counts = [len(split((0, n), side)) for n, side in zip(task.size, tiles.sides, strict=True)]
+    else:
+        counts = [len(tiles.latents.spans(n)) for n in task.size]
+    return counts[0] * counts[1]
