@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import safetensors
 import torch
@@ -23,15 +23,19 @@ from torch import Tensor
 
 from .detect import Family, describe_foreign, family_of
 from .errors import LatentFileError
-from .headers import Header, UnreadableError, brief, open_safetensors, read_header, sniff
-from .windows import SPACE, TIME
+from .headers import HEADER_LIMIT, Header, UnreadableError, brief, open_safetensors, read_header, sniff
+from .windows import SPACE, TIME, pixel_frames
 
 TENSOR = "latent_tbchw"
 FORMAT = "cviv-vae latent"
 VERSION = "1"
 LAYOUT = "t b c h w"
-CHANNELS: dict[Family, tuple[int, ...]] = {"cv-vae": (4,), "cv-vae-sd3": (16,), "iv-vae": (4, 8, 16)}
+ClipLayout = Literal["frames", "video", "images"]
 SCALED: dict[Family, bool] = {"cv-vae": False, "cv-vae-sd3": False, "iv-vae": True}
+_LAYOUTS: dict[str, ClipLayout] = {"frames": "frames", "video": "video", "images": "images"}
+RESERVED = frozenset(  # names of the format's own texts
+    {"format", "format_version", "layout", "family", "channels", "scaled", "fps", "frames", "height", "width"}
+) | {"start", "audio", "clip_layout"}
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST = 10**15  # room for numbers in a header whose real ones are not known yet
@@ -44,8 +48,10 @@ class LatentMeta:
 
     family: of the VAE that made the latent. fps: frames per second, exact. frames, height, width: true length and size
     in frames and pixels, before any padding. audio: path of the file the sound comes from, or None.
-    start: index of the first encoded frame in that source. `scaled` follows from the family: IV-VAE latents have their
-    scale and shift applied, CV-VAE latents do not.
+    start: index of the first encoded frame in that source. clip_layout: how the program that saved it held the latent:
+    frames on the batch axis, a video of five axes, separate images on the batch axis, or None. extra: other texts of
+    that program. `scaled` follows from the family: IV-VAE latents have their scale and shift applied, CV-VAE latents do
+    not.
     """
 
     family: Family
@@ -55,6 +61,8 @@ class LatentMeta:
     width: int
     audio: str | None = None
     start: int = 0
+    clip_layout: ClipLayout | None = None
+    extra: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
 
     @property
     def scaled(self) -> bool:
@@ -85,10 +93,12 @@ class LatentWriter:
         width: int,
         audio: str | None = None,
         start: int = 0,
+        clip_layout: ClipLayout | None = None,
+        extra: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
-        if family not in CHANNELS:
-            raise LatentFileError(f"The family {family!r} is not known: give one of {', '.join(CHANNELS)}.")
+        if family not in SCALED:
+            raise LatentFileError(f"The family {family!r} is not known: give one of {', '.join(SCALED)}.")
         if self.path.suffix.lower() != ".safetensors":
             raise LatentFileError(
                 f"A latent file is a safetensors file: end the name {self.path.name} in .safetensors."
@@ -97,7 +107,17 @@ class LatentWriter:
             raise LatentFileError(f"The folder {self.path.parent} does not exist: make it first, or give another one.")
         if self.path.is_dir():
             raise LatentFileError(f"{self.path} is a folder: give the name of a file.")
-        self._meta = LatentMeta(family=family, fps=fps, frames=1, height=height, width=width, audio=audio, start=start)
+        self._meta = LatentMeta(
+            family=family,
+            fps=fps,
+            frames=1,
+            height=height,
+            width=width,
+            audio=audio,
+            start=start,
+            clip_layout=clip_layout,
+            extra=dict(extra or {}),
+        )
         _check_meta(self._meta)
         self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self._file: BinaryIO | None = None
@@ -169,6 +189,10 @@ class LatentWriter:
         largest = replace(self._meta, frames=_LARGEST)
         header = _header((_LARGEST, b, c, h, w), self._dtype, largest, size=None)
         self._header_size = len(header)
+        if self._header_size > HEADER_LIMIT:
+            raise LatentFileError(
+                f"The extra texts take {self._header_size:,} bytes; {HEADER_LIMIT:,} are allowed. Leave some out."
+            )
         try:
             self._file = self._part.open("wb")
         except OSError as error:
@@ -201,9 +225,33 @@ class LatentFile:
         for start in range(0, self.shape[2], size):
             yield self._part(start, min(start + size, self.shape[2]))
 
-    def read(self) -> Tensor:
-        """The whole latent, (b, z, t, h, w), in memory of its own."""
-        return self._part(0, self.shape[2])
+    def read(self, first: int = 0, count: int | None = None) -> Tensor:
+        """`count` latent frames from `first` on, None for all the rest, (b, z, t, h, w), in memory of its own.
+
+        Raises LatentFileError for a range that the file does not have.
+        """
+        return self._part(*self._range(first, count))
+
+    def part_meta(self, first: int = 0, count: int | None = None) -> LatentMeta:
+        """What `read(first, count)` is by itself: as the first latent of a clip stands for one frame, not four, so does
+        the first of a part.
+        """
+        first, stop = self._range(first, count)
+        frames = pixel_frames(stop - first)
+        if stop == self.shape[2]:
+            frames = max(1, frames - (pixel_frames(stop) - self.meta.frames))
+        return replace(self.meta, frames=frames, start=self.meta.start + TIME * first)
+
+    def _range(self, first: int, count: int | None) -> tuple[int, int]:
+        length = self.shape[2]
+        stop = length if count is None else first + count
+        if not 0 <= first < stop <= length:
+            asked = "the rest" if count is None else f"{count}"
+            raise LatentFileError(
+                f"{self.path}: has {length} latent frames, numbered from 0; {asked} from number {first} on is not "
+                "among them. Give a smaller range."
+            )
+        return first, stop
 
     def _part(self, start: int, stop: int) -> Tensor:
         try:
@@ -224,6 +272,8 @@ def save_latent(path: str | os.PathLike[str], latent: Tensor, meta: LatentMeta) 
         width=meta.width,
         audio=meta.audio,
         start=meta.start,
+        clip_layout=meta.clip_layout,
+        extra=meta.extra,
     ) as writer:
         writer.write(latent)
         writer.finish(frames=meta.frames)
@@ -248,6 +298,7 @@ def open_latent(path: str | os.PathLike[str]) -> LatentFile:
         if dtype not in _DTYPES:
             raise UnreadableError(f"has a latent of type {dtype}; known are {', '.join(_DTYPES)}. {_AGAIN}")
         _check_shape(shape, meta)
+        _check_channels(header.metadata, shape[2])
         with open_safetensors(path):
             pass  # the library's own checks of the header
     except (UnreadableError, safetensors.SafetensorError, OSError) as error:
@@ -263,7 +314,7 @@ def _not_a_latent(header: Header) -> str:
         shape = header.shapes["latent_tensor"]
         return (
             f"is a latent saved by ComfyUI's SaveLatent, of shape {shape}, without the frames, size and family that "
-            "are needed here: load it in ComfyUI, or encode the video again."
+            "are needed here: load it with ComfyUI's Load Latent node, or encode the video again."
         )
     family = family_of(header.shapes)
     if family is not None:
@@ -291,6 +342,9 @@ def _header(shape: tuple[int, ...], dtype: torch.dtype, meta: LatentMeta, *, siz
     }
     if meta.audio is not None:
         metadata["audio"] = meta.audio
+    if meta.clip_layout is not None:
+        metadata["clip_layout"] = meta.clip_layout
+    metadata |= meta.extra
     entry = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (0, count)}
     text = json.dumps({"__metadata__": metadata, TENSOR: entry}).encode("ascii")
     size = size or -(-(8 + len(text)) // 64) * 64
@@ -307,10 +361,10 @@ def _read_meta(texts: dict[str, str]) -> LatentMeta:
         )
     if texts.get("layout") != LAYOUT:
         raise UnreadableError(f"has its axes in the order {_shown(texts.get('layout'))}; known is {LAYOUT!r}. {_AGAIN}")
-    families: dict[str, Family] = {name: name for name in CHANNELS}
+    families: dict[str, Family] = {name: name for name in SCALED}
     family = families.get(texts.get("family", ""))
     if family is None:
-        known = ", ".join(CHANNELS)
+        known = ", ".join(SCALED)
         raise UnreadableError(f"is of the family {_shown(texts.get('family'))}; known are {known}. {_AGAIN}")
     if texts.get("scaled") != str(SCALED[family]).lower():
         raise UnreadableError(
@@ -325,14 +379,22 @@ def _read_meta(texts: dict[str, str]) -> LatentMeta:
             width=_whole(texts, "width"),
             audio=texts.get("audio"),
             start=_whole(texts, "start"),
+            clip_layout=_LAYOUTS.get(texts.get("clip_layout", "")),
+            extra={name: text for name, text in texts.items() if name not in RESERVED},
         )
-        channels = _whole(texts, "channels")
     except ValueError as error:
         raise UnreadableError(f"has damaged metadata: {error}. {_AGAIN}") from error
     _check_meta(meta)
-    if channels not in CHANNELS[family]:
-        raise LatentFileError(f"It says it has {channels} channels; {family} has {_or(CHANNELS[family])}.")
     return meta
+
+
+def _check_channels(texts: dict[str, str], channels: int) -> None:
+    try:
+        said = _whole(texts, "channels")
+    except ValueError as error:
+        raise UnreadableError(f"has damaged metadata: {error}. {_AGAIN}") from error
+    if said != channels:
+        raise LatentFileError(f"It says it has {said} channels, and has {channels}.")
 
 
 def _whole(texts: dict[str, str], name: str) -> int:
@@ -357,8 +419,13 @@ def _check_meta(meta: LatentMeta) -> None:
             f"fps, frames, height and width are above 0 and start is not negative; got fps {meta.fps}, {meta.frames} "
             f"frames of {meta.width}x{meta.height}, start {meta.start}."
         )
-    if any("\ud800" <= letter <= "\udfff" for letter in meta.audio or ""):
+    if not _is_text(meta.audio or ""):
         raise LatentFileError(f"The name of the audio source, {meta.audio!r}, is not valid text: rename that file.")
+    for name, text in meta.extra.items():
+        if name in RESERVED or not _is_text(name) or not _is_text(text):
+            raise LatentFileError(
+                f"The extra text {name!r} cannot be saved: it has a name of the format itself, or is not valid text."
+            )
 
 
 def _check_shape(shape: tuple[int, ...], meta: LatentMeta) -> None:
@@ -377,9 +444,7 @@ def _check_shape(shape: tuple[int, ...], meta: LatentMeta) -> None:
 
 def _check_size(shape: tuple[int, int, int, int], meta: LatentMeta) -> None:
     """shape: b c h w."""
-    _, c, h, w = shape
-    if c not in CHANNELS[meta.family]:
-        raise LatentFileError(f"The latent has {c} channels; {meta.family} has {_or(CHANNELS[meta.family])}.")
+    *_, h, w = shape
     if not (SPACE * (h - 1) < meta.height <= SPACE * h and SPACE * (w - 1) < meta.width <= SPACE * w):
         raise LatentFileError(
             f"A latent of {w}x{h} makes pictures of {SPACE * w}x{SPACE * h}, up to {SPACE - 1} of each side may be "
@@ -387,8 +452,12 @@ def _check_size(shape: tuple[int, int, int, int], meta: LatentMeta) -> None:
         )
 
 
-def _or(numbers: tuple[int, ...]) -> str:
-    return " or ".join(map(str, numbers))
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shown(text: str | None) -> str:

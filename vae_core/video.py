@@ -6,37 +6,43 @@ Tensors are (1, 3, t, H, W), RGB, float32 in [-1, 1]. Sizes are (height, width),
 import contextlib
 import errno
 import os
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import BinaryIO, Literal
 
 import av
 import numpy as np
 import torch
+from av.codec.codec import UnknownCodecError
 from av.container import InputContainer, OutputContainer
 from av.error import FFmpegError
-from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from .errors import VideoError
-from .video_audio import AudioTrack
+from .video_audio import AudioTrack, Sound, SoundTrack
+from .video_pixels import BT709, EXACT, Orientation, ToRGB
 
-_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED, the same number for primaries and transfer
-_BT709 = 1
 _HDR_TRANSFERS = (16, 18)  # PQ, HLG
 _IMAGE_FORMATS = ("image2", "_pipe")
 _DEFAULT_FPS = Fraction(25)  # of a still image, which has no rate of its own
-# flags of swscale.h: bicubic, accurate rounding, full chroma in and out, bit-exact (older PyAV lacks the names)
-_EXACT = 0x4 | 0x40000 | 0x2000 | 0x4000 | 0x80000
-_VIDEO_CODECS = {".mp4": "libx264", ".m4v": "libx264", ".mov": "libx264", ".mkv": "libx264", ".webm": "libvpx-vp9"}
-OUTPUT_SUFFIXES = tuple(_VIDEO_CODECS)
+Codec = Literal["h264", "vp9", "av1"]
+Container = Literal["mp4", "mov", "mkv", "webm"]
+_ENCODERS: dict[Codec, str] = {"h264": "libx264", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
+_MUXERS = {"mkv": "matroska"}  # where the muxer has another name than the container
+_CODECS: dict[str, tuple[Codec, ...]] = {  # the first is the default
+    ".mp4": ("h264", "av1", "vp9"),
+    ".m4v": ("h264",),
+    ".mov": ("h264",),
+    ".mkv": ("h264", "av1", "vp9"),
+    ".webm": ("vp9", "av1"),
+}
+OUTPUT_SUFFIXES = tuple(_CODECS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         first = next(_decode(container, stream, Path(path)), None)
         if first is None:
             raise VideoError(f"{path}: holds a video stream without a single readable frame; choose another file.")
-        turned = _Orientation(first, Path(path))
+        turned = Orientation(first, Path(path))
         height, width = turned.size(first.height, first.width)
         still = any(mark in container.format.name for mark in _IMAGE_FORMATS)
         duration = _duration(container, stream)
@@ -126,7 +132,7 @@ def read_frames(
     with _open(source) as container:
         stream = _picture_stream(container, source)
         stream.thread_type = "AUTO"
-        converter: _ToRGB | None = None
+        converter: ToRGB | None = None
         held: list[torch.Tensor] = []
         count = 0
         for index, frame in enumerate(_decode(container, stream, source)):
@@ -135,7 +141,7 @@ def read_frames(
                 continue
             if frames is not None and index >= start + frames:
                 break
-            converter = converter or _ToRGB(frame, source)
+            converter = converter or ToRGB(frame, source)
             held.append(converter(frame, index))
             if len(held) == piece:
                 yield torch.stack(held, 1)[None]  # 1 c t h w
@@ -182,21 +188,24 @@ class VideoWriter:
     """Writes one video, seen under its name only when it is complete.
 
     A context manager: frames go to a hidden `.part` file beside `path`, which takes its name when the block ends, and
-    is removed when the block ends in an error. H.264 (VP9 for .webm), tagged and converted as BT.709, limited range; a
-    size with an odd side is stored as 4:4:4, because 4:2:0 H.264 has only even sizes. No picture is scaled or cut.
+    is removed when the block ends in an error. Tagged and converted as BT.709, limited range; a size with an odd side
+    is stored as 4:4:4 (AV1: 4:2:0), because 4:2:0 H.264 has only even sizes. No picture is scaled or cut.
 
-    `size` is (height, width); `fps` in frames per second; `times` the time of each frame in seconds where the rate
-    varies (from `frame_times`); `aspect` the shape of a pixel; `audio_from` a file whose first sound track goes along,
-    cut to `audio_range` = (first, end) in seconds of that file's clock, end None for all the rest. An existing file is
-    replaced.
+    `path` may also be a seekable binary file, which then needs `container` and is emptied after an error. `size` is
+    (height, width); `fps` in frames per second; `times` the time of each frame in seconds where the rate varies (from
+    `frame_times`); `aspect` the shape of a pixel. The sound is either the first track of the file `audio_from`, cut to
+    `audio_range` = (first, end) in seconds of that file's clock, end None for all the rest; or `audio`, cut to the
+    length of the picture. `container` goes before the suffix of `path`; `codec` None is H.264, VP9 in WebM. `crf` is
+    the encoder's quality, 0 (lossless) to 51 for H.264 and 63 for VP9 and AV1, lower is better. `bits` is 8 or 10.
+    `metadata` are texts for the file. An existing file is replaced.
 
-    Raises `VideoError` for a name, folder or size it cannot write, a wrong shape or no frame at all; `OSError` when the
-    disk is full.
+    Raises `VideoError` for a name, folder, size or choice it cannot write, a wrong shape or no frame at all; `OSError`
+    when the disk is full.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | BinaryIO,
         *,
         fps: Fraction,
         size: tuple[int, int],
@@ -204,39 +213,91 @@ class VideoWriter:
         aspect: Fraction = Fraction(1),
         audio_from: str | os.PathLike[str] | None = None,
         audio_range: tuple[Fraction, Fraction | None] = (Fraction(0), None),
-        crf: int = 16,
+        audio: Sound | None = None,
+        crf: float = 16,
+        container: Container | None = None,
+        codec: Codec | None = None,
+        bits: int = 8,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.path = Path(path)
+        named = isinstance(path, (str, os.PathLike))
+        self._name = str(path) if named else "the video"
+        self._path = Path(path) if named else None
+        self._suffix = f".{container}" if container else Path(self._name).suffix.lower()
+        self._output = self._part if named else path
+        self._format = _MUXERS.get(container or "", container)
         self.frames = 0
-        self._part = self.path.with_name(f".{self.path.stem}.{os.getpid()}.part{self.path.suffix}")
-        self._fps, self._size, self._aspect, self._crf = Fraction(fps), size, aspect, crf
+        self._fps, self._size, self._aspect = Fraction(fps), size, aspect
         self._times = times if times and is_variable(times, self._fps) else None
-        self._audio_from, self._audio_range = audio_from, audio_range
+        self._audio_from, self._audio_range, self._sound = audio_from, audio_range, audio
+        self._metadata = dict(metadata or {})
         self._stack = contextlib.ExitStack()
         self._container: OutputContainer | None = None
         self._last_pts = -1
+        self._end = Fraction(0)
         self._reformatter = VideoReformatter()
-        check_output_name(self.path)
+        check_output_name(Path(self._name + self._suffix) if container else Path(self._name))
         if min(size) < 16:
-            raise VideoError(f"{path}: a picture of {size[1]}x{size[0]} is too small to store; 16x16 is the least.")
+            raise VideoError(
+                f"{self._name}: a picture of {size[1]}x{size[0]} is too small to store; 16x16 is the least."
+            )
+        self._codec: Codec = self._checked_codec(codec)
+        self._pix_fmt = self._checked_format(bits)
+        self._options = _quality(self._codec, crf, self._name)
+
+    @property
+    def _part(self) -> Path:
+        assert self._path is not None
+        return self._path.with_name(f".{self._path.stem}.{os.getpid()}.part{self._path.suffix}")
+
+    def _checked_codec(self, codec: Codec | None) -> Codec:
+        allowed = _CODECS[self._suffix]
+        if codec is not None and codec not in allowed:
+            raise VideoError(
+                f"{self._name}: {codec} video does not go into {self._suffix[1:]}; choose {' or '.join(allowed)}, or "
+                "another container."
+            )
+        return codec or allowed[0]
+
+    def _checked_format(self, bits: int) -> str:
+        odd = any(side % 2 for side in self._size) and self._codec != "av1"
+        name = ("yuv444p" if odd else "yuv420p") + ("10le" if bits == 10 else "")
+        try:
+            known = [form.name for form in av.Codec(_ENCODERS[self._codec], "w").video_formats or ()]
+        except UnknownCodecError as error:
+            raise VideoError(
+                f"{self._name}: this PyAV cannot write {self._codec}; choose another codec or update av."
+            ) from error
+        if bits not in (8, 10) or name not in known:
+            raise VideoError(
+                f"{self._name}: {self._codec} video with {bits} bits cannot be written here; choose 8 bits."
+            )
+        return name
 
     def __enter__(self) -> "VideoWriter":
+        flags = ["faststart"] * (self._path is not None) + ["use_metadata_tags"] * bool(self._metadata)
+        movie = self._suffix in (".mp4", ".m4v", ".mov") and flags
         try:
-            self._part.open("wb").close()  # PyAV opens it at the first packet only
-            options = {"movflags": "faststart"} if self.path.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
-            container = av.open(str(self._part), mode="w", options=options)
+            if self._path is not None:
+                self._part.open("wb").close()  # PyAV opens it at the first packet only
+            target = self._output if self._path is None else str(self._output)
+            options = {"movflags": "+".join(flags)} if movie else {}
+            container = av.open(target, mode="w", format=self._format, options=options)
         except (OSError, FFmpegError) as error:
             self._remove_part()
             if error.errno == errno.ENOSPC:
                 raise
             raise VideoError(
-                f"{self.path}: cannot be written there ({_reason(error)}); choose another place."
+                f"{self._name}: cannot be written there ({_reason(error)}); choose another place."
             ) from error
         self._container = container
         try:
+            container.metadata.update(self._metadata)
             self._stream = self._add_picture(container)
-            self._audio = None
-            if self._audio_from is not None:
+            self._audio: AudioTrack | SoundTrack | None = None
+            if self._sound is not None:
+                self._audio = SoundTrack(self._sound, container)
+            elif self._audio_from is not None:
                 self._audio = self._stack.enter_context(AudioTrack(self._audio_from, container, *self._audio_range))
         except BaseException:
             self._abandon()
@@ -245,19 +306,23 @@ class VideoWriter:
 
     def _add_picture(self, container: OutputContainer) -> VideoStream:
         height, width = self._size
-        codec = _VIDEO_CODECS[self.path.suffix.lower()]
-        effort = {"preset": "medium"} if codec == "libx264" else {"b": "0", "cpu-used": "4"}
-        quality = {"crf": str(self._crf)} | effort
-        stream = container.add_stream(codec, rate=self._fps, options=quality)
+        stream = container.add_stream(_ENCODERS[self._codec], rate=self._fps, options=self._options)
         assert isinstance(stream, VideoStream)
         stream.height, stream.width = height, width
-        stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+        stream.pix_fmt = self._pix_fmt
         context = stream.codec_context
-        context.color_range, context.colorspace = ColorRange.MPEG, _BT709
-        context.color_primaries = context.color_trc = _BT709
+        context.color_range, context.colorspace = ColorRange.MPEG, BT709
+        context.color_primaries = context.color_trc = BT709
         if self._aspect != 1:
             context.sample_aspect_ratio = self._aspect
         context.time_base = Fraction(1, 90000) if self._times else 1 / self._fps
+        try:
+            context.open(strict=False)
+        except FFmpegError as error:
+            raise VideoError(
+                f"{self._name}: {self._codec} video of {width}x{height} at {float(self._fps):g} per second cannot be "
+                f"written by this PyAV ({_reason(error)}); choose another codec or size."
+            ) from error
         return stream
 
     def write(self, frames: torch.Tensor) -> None:
@@ -265,22 +330,23 @@ class VideoWriter:
         batch = frames[None] if frames.ndim == 4 else frames
         if batch.ndim != 5 or batch.shape[:2] != (1, 3) or tuple(batch.shape[3:]) != self._size:
             raise VideoError(
-                f"{self.path}: got frames of shape {tuple(frames.shape)}, this file takes "
+                f"{self._name}: got frames of shape {tuple(frames.shape)}, this file takes "
                 f"(1, 3, t, {self._size[0]}, {self._size[1]})."
             )
         assert self._container is not None, "write() belongs inside the with block"
-        for image in to_uint8(batch[0].detach()).permute(1, 2, 3, 0).cpu():  # h w c
+        for image in batch[0].detach().unbind(1):  # c h w
             picture = self._reformatter.reformat(
-                VideoFrame.from_ndarray(np.ascontiguousarray(image.numpy()), format="rgb24"),
-                format=self._stream.pix_fmt,
+                _as_picture(image, deep=self._pix_fmt.endswith("10le")),
+                format=self._pix_fmt,
                 dst_colorspace=Colorspace.ITU709,
                 src_color_range=ColorRange.JPEG,
                 dst_color_range=ColorRange.MPEG,
-                interpolation=_EXACT,
+                interpolation=EXACT,
             )
             picture.pts, time = self._next_time()
             picture.time_base = self._stream.codec_context.time_base or 1 / self._fps
             self.frames += 1
+            self._end = time + 1 / self._fps
             self._container.mux(self._stream.encode(picture))
             if self._audio is not None:
                 self._audio.advance(time)
@@ -302,13 +368,15 @@ class VideoWriter:
         try:
             assert self._container is not None
             if not self.frames:
-                raise VideoError(f"{self.path}: no frame was given to write.")
+                raise VideoError(f"{self._name}: no frame was given to write.")
             self._container.mux(self._stream.encode(None))
             if self._audio is not None:
+                self._audio.advance(self._end)
                 self._audio.finish()
             self._container.close()
             self._stack.close()
-            os.replace(self._part, self.path)
+            if self._path is not None:
+                os.replace(self._part, self._path)
         except BaseException:
             self._abandon()
             raise
@@ -323,12 +391,37 @@ class VideoWriter:
 
     def _remove_part(self) -> None:
         with contextlib.suppress(OSError):
-            self._part.unlink(missing_ok=True)
+            if self._path is not None:
+                self._part.unlink(missing_ok=True)
+            elif not isinstance(self._output, Path):
+                self._output.seek(0)
+                self._output.truncate()
+
+
+def _as_picture(image: torch.Tensor, *, deep: bool) -> VideoFrame:
+    """A frame of 8 or, `deep`, 16 bits per channel from (3, H, W) in [-1, 1]."""
+    if deep:
+        levels = image.float().clamp(-1, 1).add(1).mul(32767.5).round().permute(1, 2, 0).cpu().numpy()  # h w c
+        return VideoFrame.from_ndarray(np.ascontiguousarray(levels.astype(np.uint16)), format="rgb48le")
+    return VideoFrame.from_ndarray(to_uint8(image).permute(1, 2, 0).cpu().contiguous().numpy(), format="rgb24")
+
+
+def _quality(codec: Codec, crf: float, name: str) -> dict[str, str]:
+    """The encoder's options."""
+    worst = 51 if codec == "h264" else 63
+    if not 0 <= crf <= worst:
+        raise VideoError(f"{name}: the quality crf is {crf:g}; {codec} takes 0 (lossless) to {worst}.")
+    if codec == "h264":
+        return {"crf": f"{crf:g}", "preset": "medium"}
+    if codec == "vp9":
+        return {"crf": f"{crf:g}", "b": "0", "cpu-used": "4"}
+    lossless = {} if crf else {"svtav1-params": "lossless=1"}  # crf 0 would be its default
+    return {"preset": "8", "crf": f"{crf or 1:g}"} | lossless
 
 
 def check_output_name(path: Path) -> None:
     """Raise `VideoError` unless the name ends in a suffix that can be written."""
-    if path.suffix.lower() not in _VIDEO_CODECS:
+    if path.suffix.lower() not in _CODECS:
         raise VideoError(
             f"{path}: cannot tell which kind of video to write; end the name in one of {', '.join(OUTPUT_SUFFIXES)}."
         )
@@ -378,65 +471,3 @@ def _duration(container: InputContainer, stream: VideoStream) -> float | None:
 
 def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error).lower()
-
-
-class _Orientation:
-    """The quarter turns and mirrorings of a frame's display matrix, as row and column operations."""
-
-    def __init__(self, frame: VideoFrame, path: Path) -> None:
-        entries = cast("Iterable[SideData]", frame.side_data)
-        found = next((data for data in entries if data.type.name == "DISPLAYMATRIX"), None)
-        a, b, c, d = 1, 0, 0, 1
-        if found is not None:
-            values = struct.unpack("=9i", bytes(found)[:36])
-            scale = max(abs(values[i]) for i in (0, 1, 3, 4)) or 1
-            a, b, c, d = (round(values[i] / scale, 2) for i in (0, 1, 3, 4))
-        if sorted(map(abs, (a, b, c, d))) != [0, 0, 1, 1] or abs(a) != abs(d):
-            raise VideoError(
-                f"{path}: asks to be shown turned by {frame.rotation} degrees; only quarter turns can be applied."
-            )
-        self.swaps_axes = a == 0
-        # a pixel (x, y) is shown at (a x + c y, b x + d y)
-        self.flip_x = (c if self.swaps_axes else a) < 0
-        self.flip_y = (b if self.swaps_axes else d) < 0
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        return (width, height) if self.swaps_axes else (height, width)
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        turned = image.transpose(-1, -2) if self.swaps_axes else image  # c h w
-        dims = [dim for dim, flip in ((-1, self.flip_x), (-2, self.flip_y)) if flip]
-        return turned.flip(dims) if dims else turned
-
-
-class _ToRGB:
-    """Converts frames like the first to (3, H, W) float32 in [-1, 1]."""
-
-    def __init__(self, first: VideoFrame, path: Path) -> None:
-        self._path, self._reformatter = path, VideoReformatter()
-        self._shape = first.height, first.width
-        self._turn = _Orientation(first, path)
-        self._deep = any(part.bits > 8 for part in first.format.components)
-
-    def __call__(self, frame: VideoFrame, index: int) -> torch.Tensor:
-        if (frame.height, frame.width) != self._shape:
-            raise VideoError(
-                f"{self._path}: changes from {self._shape[1]}x{self._shape[0]} to {frame.width}x{frame.height} at "
-                f"frame {index}; one size is needed: use the frames before it, or convert it first."
-            )
-        space = frame.colorspace
-        if space == _UNSPECIFIED:
-            space = _BT709 if frame.height >= 720 or frame.width >= 1280 else Colorspace.ITU601
-        array = self._reformatter.reformat(
-            frame,
-            format="rgb48le" if self._deep else "rgb24",
-            src_colorspace=space,
-            # without meaning for RGB, but older PyAV takes no notice of the source's matrix where the two are equal
-            dst_colorspace=Colorspace.ITU601 if space == _BT709 else Colorspace.ITU709,
-            src_color_range=ColorRange.JPEG if frame.format.name.startswith("yuvj") else frame.color_range,
-            dst_color_range=ColorRange.JPEG,
-            interpolation=_EXACT,
-        ).to_ndarray()
-        peak = 65535 if self._deep else 255
-        image = torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1)  # c h w
-        return self._turn(image.mul_(2 / peak).sub_(1)).contiguous()
