@@ -3,7 +3,6 @@
 import time
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +29,21 @@ from ..headers import UnreadableError, read_header
 from ..latents import TENSOR, LatentFile, open_latent
 from ..video import OUTPUT_SUFFIXES, check_output_name, probe
 from . import report
+from .evaluate import build_set_command, evaluate_command
 from .guard import UserError, err, guarded, note, out, set_debug
+from .options import (
+    Device,
+    DType,
+    DTypeOption,
+    Frames,
+    Overwrite,
+    Seed,
+    Start,
+    Video,
+    Weights,
+    load_weights,
+)
+from .plan import plan_command
 from .work import Advance, Clip, Quality, check_outputs, decode, encode, notes_on, open_clip, reconstruct, source_of
 
 DEMO_CLIP = DEMO_FOLDER / "demo_clip.mp4"
@@ -44,28 +57,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-
-class DType(str, Enum):
-    """Precisions that can be asked for."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-Weights = Annotated[
-    str,
-    typer.Option("--weights", "-w", help="A weights file or folder, or demo-cv-vae, demo-iv-vae.", metavar="FILE"),
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Draw from the posterior with this seed; without: its mean.")]
-DTypeOption = Annotated[DType, typer.Option("--dtype", help="Precision; auto: bfloat16 on CUDA, else float32.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps ...")]
-Start = Annotated[int, typer.Option("--start", min=0, help="First frame to use, counted from 0.")]
-Frames = Annotated[int | None, typer.Option("--frames", min=1, help="How many frames to use; without: to the end.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
-Video = Annotated[Path, typer.Argument(help="A video or an image file.", show_default=False)]
+app.command("plan")(plan_command)
+app.command("evaluate")(evaluate_command)
+app.command("build-set")(build_set_command)
 
 
 def run() -> None:
@@ -125,7 +119,7 @@ def encode_command(
     path = output or Path(f"{video.stem}.latent.safetensors")
     check_outputs((path,), overwrite=overwrite, inputs=(video,))
     clip = _open(video, start, frames)
-    vae = _load(weights, dtype, device)
+    vae = load_weights(weights, dtype, device)
     with _progress("encoding", clip.expected) as advance:
         encode(vae, clip, path, seed=seed, advance=advance)
     out.print(_latent_block(open_latent(path)), markup=False)
@@ -184,7 +178,7 @@ def reconstruct_command(
     check_output_name(plain)
     check_outputs((plain, beside), overwrite=overwrite, inputs=(video,))
     clip = _open(video, start, frames)
-    vae = _load(weights, dtype, device)
+    vae = load_weights(weights, dtype, device)
     with _progress("reconstructing", clip.expected) as advance:
         quality = reconstruct(vae, clip, plain=plain, beside=beside, seed=seed, advance=advance)
     out.print(report.quality_table(quality, out.width))
@@ -241,7 +235,7 @@ def demo(
     results: list[tuple[str, Quality, float]] = []
     pickers: list[report.FramePicker] = []
     for name, (plain, beside) in videos.items():
-        vae, picker, began = _load(name, dtype, device), report.FramePicker(shown), time.monotonic()
+        vae, picker, began = load_weights(name, dtype, device), report.FramePicker(shown), time.monotonic()
         with _progress(name, clip.expected) as advance:
             quality = reconstruct(vae, clip, plain=plain, beside=beside, seed=None, advance=advance, watch=picker)
         results.append((f"{name} (z {vae.info.latent_channels})", quality, time.monotonic() - began))
@@ -275,15 +269,6 @@ def _open(path: Path, start: int, frames: int | None) -> Clip:
     return clip
 
 
-def _load(weights: str, dtype: DType, device: str) -> VideoVAE:
-    where = _device(device)
-    if dtype is DType.auto:
-        kind = torch.bfloat16 if where.type == "cuda" else torch.float32
-    else:
-        kind = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16, DType.float16: torch.float16}[dtype]
-    return load(weights, device=where, dtype=kind)
-
-
 def _load_for(file: LatentFile, weights: str | None, dtype: DType, device: str) -> VideoVAE:
     """The VAE for a latent file: of the same family and channels."""
     channels = file.shape[1]
@@ -295,33 +280,13 @@ def _load_for(file: LatentFile, weights: str | None, dtype: DType, device: str) 
                 "demo weights; name the weights that made it with --weights."
             )
         note(f"decoding with {weights}; if other weights made this file, name them with --weights.")
-    vae = _load(weights, dtype, device)
+    vae = load_weights(weights, dtype, device)
     if (vae.family, vae.info.latent_channels) != (file.meta.family, channels):
         raise UserError(
             f"{file.path} was made by {file.meta.family} with {channels} latent channels, and {weights} is "
             f"{vae.family} with {vae.info.latent_channels}; name the weights that made it with --weights."
         )
     return vae
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device; use auto, cpu, cuda, cuda:0 or mps.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name} is not there: this torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps is not there: this torch sees no Apple GPU; use --device cpu.")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} cannot be used; use auto, cpu, cuda, cuda:0 or mps.")
-    return device
 
 
 class _Speed(ProgressColumn):

@@ -1,0 +1,491 @@
+"""Every metric against another implementation, or against what it must be by arithmetic."""
+
+import itertools
+import math
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+from torchmetrics.functional.image import lpips as torchmetrics_lpips
+
+import vae_core
+from vae_core.checkpoints import DEMO_FOLDER
+from vae_core.errors import CheckpointError
+from vae_core.metrics import (
+    LPIPS,
+    Borders,
+    FlickerMeter,
+    Moments,
+    SeamMeter,
+    WarpMeter,
+    chunk_borders,
+    frame_quality,
+    frechet_distance,
+    latent_compatibility,
+    load_i3d,
+    load_lpips,
+    multiscale_ssim,
+    optical_flow,
+    phase_means,
+    phase_spread,
+    tile_borders,
+)
+from vae_core.metrics.flicker import warp
+from vae_core.metrics.i3d import I3D
+from vae_core.tiles import Grid, ReferencePlan
+from vae_core.video import read_frames
+
+from .clips import moving_picture
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def textured(frames: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """A picture with detail that optical flow can follow: (1, 3, t, h, w), standing still."""
+    small = noise(1, 3, height // 4, width // 4, seed=seed)
+    picture = F.interpolate(small, (height, width), mode="bicubic").clamp(-2, 2) / 2.5
+    return picture[:, :, None].expand(-1, -1, frames, -1, -1).contiguous()
+
+
+@pytest.mark.parametrize("size", [(48, 64), (33, 57), (11, 200)])
+def test_psnr_and_ssim_are_those_of_scikit_image(size: tuple[int, int]) -> None:
+    original = moving_picture(3, *size)
+    ours = (original + 0.2 * noise(*original.shape)).clamp(-1, 1)
+    psnr, ssim = frame_quality(ours, original)
+    for frame in range(3):
+        a, b = (((clip[0, :, frame] + 1) / 2).permute(1, 2, 0).numpy() for clip in (ours, original))
+        assert abs(psnr[frame] - peak_signal_noise_ratio(b, a, data_range=1)) < 1e-4
+        by_skimage = structural_similarity(
+            b, a, channel_axis=2, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+        assert abs(ssim[frame] - by_skimage) < 1e-4
+
+
+def test_ms_ssim_by_hand() -> None:
+    original = textured(1, 192, 176)
+    ours = (original + 0.3 * noise(*original.shape)).clamp(-1, 1)
+    a, b = ((clip[0, :, 0].double() + 1) / 2 for clip in (ours, original))
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    value = 1.0
+    for scale, weight in enumerate(weights):
+        luminance, contrast = _ssim_terms(a, b)
+        value *= (contrast if scale < 4 else luminance * contrast).mean().item() ** weight
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    assert abs(multiscale_ssim(ours, original).item() - value) < 1e-3
+
+
+def _ssim_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    x = torch.arange(11, dtype=torch.float64) - 5
+    line = torch.exp(-(x**2) / (2 * 1.5**2))
+    window = torch.outer(line, line)[None, None] / line.sum() ** 2
+
+    def mean(values: Tensor) -> Tensor:
+        return F.conv2d(values[:, None], window)[:, 0]
+
+    ma, mb = mean(a), mean(b)
+    va, vb, both = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    return (2 * ma * mb + 1e-4) / (ma**2 + mb**2 + 1e-4), (2 * both + 9e-4) / (va + vb + 9e-4)
+
+
+def test_small_pictures_have_no_ssim() -> None:
+    clip = moving_picture(2, 10, 100)
+    assert frame_quality(clip, clip)[1].isnan().all()
+    assert multiscale_ssim(*[moving_picture(2, 160, 200)] * 2).isnan().all()
+    with pytest.raises(ValueError, match="both must be the same"):
+        multiscale_ssim(clip, clip[..., :-1])
+
+
+def _backbone(kind: str, seed: int = 0) -> nn.Sequential:
+    """torchvision's layers with random weights, for torchmetrics' own LPIPS."""
+    torch.manual_seed(seed)
+    return LPIPS(kind).features
+
+
+@pytest.mark.parametrize("kind", ["alex", "vgg"])
+def test_lpips_is_that_of_torchmetrics(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random features, the trained heads: torchmetrics' network around the same layers."""
+    features = _backbone(kind)
+    pool = [nn.MaxPool2d(3, 2) if kind == "alex" else nn.MaxPool2d(2, 2)]  # torchvision's last layer, which is not used
+    monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda *_, **__: nn.Sequential(*features, *pool))
+    reference = torchmetrics_lpips._LPIPS(net=kind, pretrained=True, pnet_rand=True)
+    torch.save({f"features.{name}": t for name, t in features.state_dict().items()}, tmp_path / "network.pth")
+    ours = load_lpips(tmp_path / "network.pth")
+    assert ours.kind == kind
+    original = textured(2, 64, 72)
+    other = (original + 0.3 * noise(*original.shape)).clamp(-1, 1)
+    expected = [float(reference(other[:, :, i], original[:, :, i])) for i in range(2)]
+    torch.testing.assert_close(ours.frames(other, original), torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    assert ours.frames(original, original).tolist() == [0, 0]
+    assert min(expected) > 0
+    torch.save(reference.state_dict(), tmp_path / "whole.pth")  # as the lpips package saves: network and heads
+    torch.testing.assert_close(load_lpips(tmp_path / "whole.pth").frames(other, original), torch.tensor(expected))
+
+
+def test_a_wrong_lpips_file_is_named(tmp_path: Path) -> None:
+    torch.save({"features.0.weight": torch.zeros(8, 3, 5, 5)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"holds no AlexNet or VGG-16; LPIPS needs torchvision's alexnet"):
+        load_lpips(tmp_path / "other.pth")
+    state = {f"features.{name}": tensor for name, tensor in _backbone("alex").state_dict().items()}
+    torch.save({name: tensor for name, tensor in state.items() if "10" not in name}, tmp_path / "cut.pth")
+    with pytest.raises(CheckpointError, match="no complete alex network"):
+        load_lpips(tmp_path / "cut.pth")
+
+
+def test_frechet_distance_is_that_of_scipy() -> None:
+    a, b = noise(50, 12).double() @ noise(12, 12, seed=1).double(), noise(40, 12, seed=2).double() * 2 + 1
+    ours, theirs = Moments(), Moments()
+    for part in a.split(7):
+        ours.add(part)
+    theirs.add(b)
+    ca, cb = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
+    root = scipy.linalg.sqrtm(ca @ cb).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(ca + cb - 2 * root)
+    assert frechet_distance(ours, theirs) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(ours, ours) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_of_equal_shapes_is_the_distance_of_the_means() -> None:
+    a = noise(30, 5)
+    ours, theirs = Moments(), Moments()
+    ours.add(a)
+    theirs.add(a + torch.tensor([1.0, 2, 0, 0, 2]))
+    assert frechet_distance(ours, theirs) == pytest.approx(9, rel=1e-5)
+    with pytest.raises(ValueError, match="at least 2 clips; got 30 and 0"):
+        frechet_distance(ours, Moments())
+
+
+@pytest.fixture(scope="module")
+def i3d_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the published names and shapes, tamed so that 400 logits differ."""
+    torch.manual_seed(3)
+    state = I3D().state_dict()
+    for name, tensor in state.items():
+        if name.endswith("running_mean"):
+            tensor.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+    path = tmp_path_factory.mktemp("i3d") / "i3d_pretrained_400.pt"
+    torch.save(state, path)
+    return path
+
+
+def test_i3d_has_the_published_shapes(i3d_file: Path) -> None:
+    model = I3D()
+    assert sum(p.numel() for p in model.parameters()) == 12_697_264  # the published RGB network
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    assert shapes["Conv3d_1a_7x7.conv3d.weight"] == (64, 3, 7, 7, 7)
+    assert shapes["Mixed_4f.b2b.conv3d.weight"] == (128, 32, 3, 3, 3)
+    assert shapes["logits.conv3d.weight"] == (400, 1024, 1, 1, 1)
+
+
+def test_i3d_layer_by_layer(i3d_file: Path) -> None:
+    """Against the network written out plainly, with TensorFlow's padding found by counting."""
+    state = torch.load(i3d_file, weights_only=True)
+    clip = noise(1, 3, 10, 224, 224).clamp(-1, 1)
+    torch.testing.assert_close(load_i3d(i3d_file)(clip), _plain_i3d(state, clip), rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="9 frames or more at a time; got 8"):
+        load_i3d(i3d_file)(clip[:, :, :8])
+
+
+def _same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
+    for dim, (k, s) in enumerate(zip(kernel, stride, strict=True), start=2):
+        size = x.shape[dim]
+        outputs = len(range(0, size, s))
+        while (x.shape[dim] - k) // s + 1 < outputs or x.shape[dim] < k:  # zeros in turn: behind, before
+            added = x.shape[dim] - size
+            zero = torch.zeros_like(x.narrow(dim, 0, 1))
+            x = torch.cat([x, zero] if added % 2 == 0 else [zero, x], dim)
+    return x
+
+
+def _plain_i3d(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    def unit(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.conv3d.weight"]
+        x = F.conv3d(_same(x, weight.shape[2:], [stride] * 3), weight, stride=stride)
+        mean, var, gain, bias = (
+            state[f"{name}.bn.{part}"].view(1, -1, 1, 1, 1)
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return ((x - mean) / (var + 0.001).sqrt() * gain + bias).relu()
+
+    def pool(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        return F.max_pool3d(_same(x, kernel, stride), kernel, stride)
+
+    def mixed(x: Tensor, name: str) -> Tensor:
+        parts = [unit(x, f"{name}.b0")]
+        parts += [unit(unit(x, f"{name}.b{i}a"), f"{name}.b{i}b") for i in (1, 2)]
+        return torch.cat([*parts, unit(pool(x, (3, 3, 3), (1, 1, 1)), f"{name}.b3b")], 1)
+
+    x = pool(unit(x, "Conv3d_1a_7x7", 2), (1, 3, 3), (1, 2, 2))
+    x = pool(unit(unit(x, "Conv3d_2b_1x1"), "Conv3d_2c_3x3"), (1, 3, 3), (1, 2, 2))
+    for name in ("3b", "3c"):
+        x = mixed(x, f"Mixed_{name}")
+    x = pool(x, (3, 3, 3), (2, 2, 2))
+    for name in ("4b", "4c", "4d", "4e", "4f"):
+        x = mixed(x, f"Mixed_{name}")
+    x = pool(x, (2, 2, 2), (2, 2, 2))
+    for name in ("5b", "5c"):
+        x = mixed(x, f"Mixed_{name}")
+    x = F.avg_pool3d(x, (2, 7, 7), 1)
+    return F.conv3d(x, state["logits.conv3d.weight"], state["logits.conv3d.bias"]).mean((2, 3, 4))
+
+
+class _Scripted(nn.Module):
+    """What a TorchScript file of I3D looks like from outside."""
+
+    def forward(self, x: Tensor, rescale: bool, resize: bool, return_features: bool) -> Tensor:
+        assert not rescale
+        assert not resize
+        assert return_features
+        return x.mean((2, 3, 4)).repeat(1, 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_torchscript_file_is_run(tmp_path: Path) -> None:
+    torch.jit.script(_Scripted()).save(str(tmp_path / "i3d_torchscript.pt"))
+    assert any("/code/" in name for name in zipfile.ZipFile(tmp_path / "i3d_torchscript.pt").namelist())
+    clip = torch.stack([torch.full((9, 32, 40), value) for value in (0.1, 0.2, 0.3)])[None]
+    found = load_i3d(tmp_path / "i3d_torchscript.pt")(clip)
+    torch.testing.assert_close(found, torch.tensor([[0.1, 0.2, 0.3, 0.1, 0.2, 0.3]]))
+
+
+def test_a_wrong_i3d_file_is_named(tmp_path: Path) -> None:
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"holds no I3D network; FVD needs i3d_torchscript\.pt"):
+        load_i3d(tmp_path / "other.pt")
+
+
+def test_phases_count_from_the_frame_behind_the_first() -> None:
+    values = [99.0, 1, 2, 3, 4, 5, 6, 7, 10, 3]
+    assert phase_means(values) == [3, 4, 5, 7]
+    assert phase_spread(values) == 4
+    assert math.isnan(phase_spread(values[:4]))
+    assert phase_spread([0.0, math.nan, 2, 2, 2, 1, 2, 2, 2]) == 1
+
+
+# ------------------------------------------------------------------------------------------ seams
+
+
+def seams(ours: Tensor, original: Tensor, borders: Borders, piece: int = 3) -> SeamMeter:
+    meter = SeamMeter(borders)
+    for a, b in zip(ours.split(piece, 2), original.split(piece, 2), strict=True):
+        meter.update(a, b)
+    return meter
+
+
+def test_borders_are_where_tiles_meet() -> None:
+    assert tile_borders(Grid(tile=64, overlap=0), (100, 130)) == Borders(
+        rows=((64, 64),), columns=((64, 64), (128, 128))
+    )
+    assert tile_borders(Grid(tile=64, overlap=16), (64, 100)) == Borders(rows=(), columns=((48, 64),))
+    assert chunk_borders(34) == (17, 33)
+    assert chunk_borders(17) == ()
+
+
+def test_noise_without_seams_reads_one() -> None:
+    original = torch.zeros(1, 3, 40, 96, 128)
+    borders = Borders(rows=((48, 48),), columns=((64, 64),), frames=chunk_borders(40))
+    reading = seams(0.2 * noise(*original.shape), original, borders).reading
+    assert (reading.line, reading.step, reading.time) == pytest.approx((1, 1, 1), abs=0.06)
+    assert reading.heat.shape == (12, 16)
+    assert reading.heat.median() == pytest.approx(1, rel=0.1)
+
+
+def test_a_step_reads_as_its_height() -> None:
+    """An error whose neighbours differ by d everywhere and by 5 d at the border."""
+    ramp = torch.arange(128.0)
+    ramp[64:] += 4
+    error = (ramp / 500).expand(1, 3, 2, 96, 128)
+    reading = seams(error, torch.zeros_like(error), Borders(columns=((64, 64),))).reading
+    assert reading.line == pytest.approx(5, rel=1e-3)
+    assert reading.step == pytest.approx(12 / 8, rel=1e-3)
+    assert reading.space == pytest.approx(5, rel=1e-3)
+
+
+def test_a_blended_border_shows_in_the_step() -> None:
+    """Two tiles of different brightness, faded over 32 pixels: no line at all, but a step."""
+    level = ((torch.arange(256.0) - 112) / 32).clamp(0, 1) * 0.2
+    error = level + 0.02 * noise(1, 3, 2, 64, 256)
+    borders = Borders(columns=((112, 144),))
+    reading = seams(error, torch.zeros_like(error), borders).reading
+    assert reading.line < 1.2
+    assert reading.step > 10
+    flat = seams(0.02 * noise(1, 3, 2, 64, 256), torch.zeros_like(error), borders).reading
+    assert flat.step == pytest.approx(1, abs=0.25)
+
+
+def test_a_chunk_border_reads_as_its_height() -> None:
+    """The error moves by 1 each frame and by 3 at frame 17."""
+    level = torch.arange(40.0)
+    level[17:] += 2
+    error = (level / 200).view(1, 1, -1, 1, 1).expand(1, 3, -1, 16, 16)
+    reading = seams(error, torch.zeros_like(error), Borders(frames=(17,))).reading
+    assert reading.time == pytest.approx(3, rel=1e-3)
+    assert math.isnan(reading.space)
+
+
+def test_pieces_do_not_matter_to_the_seam_meter() -> None:
+    original, borders = textured(9, 64, 80), Borders(rows=((32, 40),), columns=((40, 40),), frames=(5,))
+    ours = (original + 0.2 * noise(*original.shape)).clamp(-1, 1)
+    readings = [seams(ours, original, borders, piece).reading for piece in (1, 4, 9)]
+    for a, b in itertools.pairwise(readings):
+        assert (a.line, a.step, a.time) == pytest.approx((b.line, b.step, b.time), rel=1e-6)
+        torch.testing.assert_close(a.heat, b.heat)
+
+
+def _stock_tiles(decode: Callable[[Tensor], Tensor], latent: Tensor, tile: int, overlap: int) -> Tensor:
+    """Tiles with feathered edges, averaged, as samplers' front ends do it."""
+    height, width = (8 * n for n in latent.shape[-2:])
+    total = torch.zeros(1, 3, 1, height, width)
+    weight = torch.zeros(1, 1, 1, height, width)
+    stride, feather = tile - overlap, 8 * overlap
+    ramp = (torch.arange(8 * tile) + 1.0).clamp(max=feather) / feather
+    ramp = torch.minimum(ramp, ramp.flip(0))
+    for top in range(0, latent.shape[-2] - overlap, stride):
+        for left in range(0, latent.shape[-1] - overlap, stride):
+            y0, x0 = min(top, latent.shape[-2] - tile), min(left, latent.shape[-1] - tile)
+            part = decode(latent[..., y0 : y0 + tile, x0 : x0 + tile])
+            mask = torch.outer(ramp, ramp)
+            total[..., 8 * y0 : 8 * (y0 + tile), 8 * x0 : 8 * (x0 + tile)] += part * mask
+            weight[..., 8 * y0 : 8 * (y0 + tile), 8 * x0 : 8 * (x0 + tile)] += mask
+    return total / weight
+
+
+def test_stock_tiling_reads_clearly_more_than_whole_frames() -> None:
+    """A frame of the bundled clip through the demo CV-VAE: whole, in stock tiles, in the official ones."""
+    vae = vae_core.load("demo-cv-vae")
+    clip = next(read_frames(DEMO_FOLDER / "demo_clip.mp4", 0, 1))
+    latent = vae.encode(clip)
+    whole = vae.decode(latent)
+    cases = {
+        "stock": (_stock_tiles(vae.decode, latent, 16, 4), Grid(tile=128, overlap=32)),
+        "official": (vae.decode(latent, plan=ReferencePlan(tile_px=144)), ReferencePlan(tile_px=144).pixels),
+    }
+    for tiled, grid in cases.values():
+        borders = tile_borders(grid, (clip.shape[-2], clip.shape[-1]))
+        plain, seamed = (seams(result, clip, borders).reading.space for result in (whole, tiled))
+        assert 0.75 < plain < 1.3
+        assert seamed > 1.5 * plain
+
+
+# ------------------------------------------------------------------------------------------ flicker and warping
+
+
+def flicker(ours: Tensor, original: Tensor) -> FlickerMeter:
+    meter = FlickerMeter()
+    for a, b in zip(ours.split(3, 2), original.split(3, 2), strict=True):
+        meter.update(a, b)
+    return meter
+
+
+def test_a_still_clip_does_not_flicker() -> None:
+    still = textured(7, 32, 48)
+    blurred = F.avg_pool3d(still, (1, 3, 3), stride=1, padding=(0, 1, 1))
+    meter = flicker(blurred, still)
+    assert meter.flicker == 0
+    assert math.isnan(meter.change[0])
+    assert meter.change[1:] == meter.excess[1:] == [0.0] * 6
+    assert math.isnan(flicker(still[:, :, :1], still[:, :, :1]).flicker)
+
+
+def test_new_noise_flickers_by_its_size_times_root_two() -> None:
+    original = moving_picture(20, 64, 64) * 0.5
+    meter = flicker(original + 0.1 * noise(*original.shape), original)
+    sigma = 0.1 * 255 / 2
+    assert meter.flicker == pytest.approx(math.sqrt(2) * sigma, rel=0.01)
+    assert np.nanmean(meter.excess) == pytest.approx(2 * sigma**2, rel=0.05)
+
+
+def test_blurred_motion_has_less_energy_than_the_original() -> None:
+    original = moving_picture(9, 32, 48)
+    still = original[:, :, :1].expand_as(original)
+    assert np.nanmean(flicker(still, original).excess) < 0
+
+
+def test_optical_flow_finds_a_shift() -> None:
+    pytest.importorskip("cv2")
+    picture = (textured(1, 96, 128)[0, :, 0] + 1) * 127.5
+    moved = torch.roll(picture, (2, -3), (1, 2))  # down 2, left 3
+    flow = optical_flow(picture, moved)[:, 20:-20, 20:-20]
+    assert flow.mean((1, 2)).tolist() == pytest.approx([-3, 2], abs=0.3)
+    back = warp(moved, optical_flow(picture, moved))
+    assert (back - picture)[:, 20:-20, 20:-20].abs().mean() < 2.5
+
+
+def test_warping_by_whole_pixels_is_a_roll() -> None:
+    picture = noise(3, 20, 24)
+    flow = torch.tensor([4.0, -3.0]).view(2, 1, 1).expand(2, 20, 24)
+    torch.testing.assert_close(
+        warp(picture, flow)[:, 3:, :-4], picture.roll((3, -4), (1, 2))[:, 3:, :-4], atol=1e-5, rtol=0
+    )
+
+
+def test_warp_error_sees_noise_beyond_motion() -> None:
+    pytest.importorskip("cv2")
+    picture = textured(1, 112, 144)[:, :, 0]
+    original = torch.stack([picture[..., i : i + 96, 2 * i : 2 * i + 128] for i in range(5)], 2)
+    meter = WarpMeter()
+    meter.update(original, original)
+    ours, theirs = meter.means
+    assert ours == theirs
+    assert len(meter.ours) == 5
+    noisy = WarpMeter()
+    noisy.update(original + 0.1 * noise(*original.shape), original)
+    sigma = 0.1 * 255 / 2
+    assert noisy.means[1] == theirs
+    # two frames' noise, of which bilinear warping smooths the older
+    assert sigma < noisy.means[0] < math.sqrt(2 * sigma**2 + theirs**2) * 1.1
+
+
+class _OfVideo:
+    """The image VAE that a video VAE is for single frames."""
+
+    def __init__(self, vae: vae_core.VideoVAE, gain: float = 1.0) -> None:
+        self.vae, self.gain = vae, gain
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.gain * torch.cat([self.vae.encode(image[None, :, None])[:, :, 0] for image in images])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.cat([self.vae.decode(z[None, :, None])[:, :, 0] for z in latents])
+
+
+def test_a_vae_is_compatible_with_itself(small_vae: Callable[..., vae_core.VideoVAE]) -> None:
+    vae = small_vae("cv-vae", torch.float32)
+    frame = textured(1, 32, 40)
+    found = latent_compatibility(vae, _OfVideo(vae), lambda: [frame])
+    psnr = float(frame_quality(vae.decode(vae.encode(frame)), frame)[0])
+    assert (found.distance, found.nearest) == pytest.approx((0, 0), abs=1e-5)
+    assert (found.video_to_image, found.image_to_video) == pytest.approx((psnr, psnr), abs=1e-3)
+    twice = latent_compatibility(vae, _OfVideo(vae, gain=2), lambda: [frame])
+    assert twice.distance == pytest.approx(0.5, abs=1e-4)
+
+
+def test_compatibility_over_a_clip_by_hand(small_vae: Callable[..., vae_core.VideoVAE]) -> None:
+    vae = small_vae("cv-vae", torch.float32)
+    image, clip = _OfVideo(vae), moving_picture(9, 32, 40)
+    found = latent_compatibility(vae, image, lambda: clip.split(2, 2))
+    ours = vae.encode(clip)[0].transpose(0, 1)  # latents first
+    last = image.encode(clip[0, :, ::4].transpose(0, 1))
+    shares = [float((a - b).norm() / b.norm()) for a, b in zip(ours, last, strict=True)]
+    assert found.distance == pytest.approx(sum(shares) / 3, rel=1e-4)
+    assert found.nearest <= found.distance
+    crossed = vae.decode(last.transpose(0, 1)[None])
+    assert found.image_to_video == pytest.approx(float(frame_quality(crossed, clip)[0].mean()), abs=1e-3)
+
+
+def test_latents_of_other_shapes_cannot_share_a_space(small_vae: Callable[..., vae_core.VideoVAE]) -> None:
+    clip = moving_picture(1, 32, 40)
+    with pytest.raises(ValueError, match="they cannot share a space"):
+        latent_compatibility(
+            small_vae("cv-vae-sd3", torch.float32), _OfVideo(small_vae("cv-vae", torch.float32)), lambda: [clip]
+        )
