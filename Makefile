@@ -1,18 +1,22 @@
 # make demo   run both demo VAEs over the bundled clip          make test   run the tests
 # make lint   ruff and pyright                                  make clean  remove what the others made
+# make test-comfyui   run the tests inside a ComfyUI checkout: COMFYUI_PATH, COMFYUI_PYTHON; without them it says how
 # Each target sets up everything it needs in .venv; PYTHON chooses the interpreter (3.10 or newer).
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-comfyui lint clean
 
 demo: .venv/.cli
 	$(BIN)/cviv-vae demo --output demo_output --overwrite
 
 test: .venv/.dev
 	$(BIN)/python -m pytest
+
+test-comfyui:
+	$(PYTHON) tests/comfyui/run.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

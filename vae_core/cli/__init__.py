@@ -6,7 +6,10 @@ _NEEDED = ("av", "huggingface_hub", "PIL", "rich", "torchmetrics", "typer")
 
 
 def main() -> None:
-    """Run the command line. Ends in SystemExit: 0 done, 1 failed, 2 wrong input, 3 done but videos left out, 130 stopped by Ctrl-C."""
+    """Run the command line.
+
+    Ends in SystemExit: 0 done, 1 failed, 2 wrong input, 3 done but videos left out, 130 stopped by Ctrl-C.
+    """
     try:
         from .app import run  # imports what only the command line needs
     except ModuleNotFoundError as error:

@@ -1,0 +1,172 @@
+"""Video VAE Decode and Video VAE Decode to Video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from .lazy_video import LazyVideo
+from .native import NativeVideoVAE, budget_bytes, collect_images, require
+from .running import Run
+from .schema import GIB, budget_input, describe, field, latent_input, preview_input, vae_input
+from .wire import Facts, read_facts, whole_frames
+
+DEFAULT_FPS = Fraction(24)  # where neither the latent nor the user says
+
+
+def _facts(latent: dict[str, Any], z: Tensor) -> tuple[Facts, list[str]]:
+    """Facts with frame count and size filled in for the decoded clip, and sentences about what was not known."""
+    facts, told = read_facts(latent), []
+    available = whole_frames(z.shape[2])
+    height, width = z.shape[-2] * 8, z.shape[-1] * 8
+    if facts.frames is None or facts.size is None:
+        told.append("the latent does not say the video's true length or size: all that it decodes to is given")
+    return replace(
+        facts,
+        frames=available if facts.frames is None else facts.frames,
+        height=height if facts.size is None else facts.height,
+        width=width if facts.size is None else facts.width,
+    ), told
+
+
+class Decode(io.ComfyNode):
+    """A latent to images."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return describe(
+            node_id="CVIV_Decode",
+            display_name="Video VAE Decode",
+            description="Decodes a clip piece by piece into one buffer: device memory does not grow with its length. "
+            "Gives back the true number of frames and size where the latent knows them.",
+            search_aliases=["cv-vae decode", "iv-vae decode", "vae decode video", "tiled decode"],
+            inputs=[vae_input(), latent_input(), budget_input(), preview_input()],
+            outputs=[
+                io.Image.Output(
+                    display_name="images",
+                    tooltip="All frames, in 0..1. For very long clips use Video VAE "
+                    "Decode to Video, which never holds them all.",
+                ),
+                io.Float.Output(display_name="fps", tooltip="Frames per second that the latent remembers, else 24."),
+                io.String.Output(
+                    display_name="report", tooltip="What ran, in which pieces, how long, how much memory."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, vae: Any, samples: Any, memory_budget_gb: float, preview: bool) -> io.NodeOutput:
+        vae = require(vae)
+        z = vae.video_latent(samples)
+        facts, told = _facts(samples, z)
+        run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview)
+        pieces = vae.decode_pieces(z, run, frames=facts.frames, size=facts.size, budget=budget_bytes(memory_budget_gb))
+        images = collect_images(pieces, z.shape[0], facts.frames).flatten(0, 1)
+        for sentence in (*told, f"the images take {images.nbytes / GIB:.2f} GiB of RAM"):
+            run.note(sentence)
+        return io.NodeOutput(images, float(facts.fps or DEFAULT_FPS), run.finish())
+
+
+class DecodeToVideo(io.ComfyNode):
+    """A latent to a VIDEO that is decoded while it is saved."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return describe(
+            node_id="CVIV_DecodeToVideo",
+            display_name="Video VAE Decode to Video",
+            description="Gives a VIDEO that decodes while Save Video (or any node that takes a VIDEO) writes it, so "
+            "that 10,000 frames need no more memory than 100. Every node that takes it decodes it once more.",
+            search_aliases=["cv-vae decode video", "latent to video", "decode to file"],
+            inputs=[
+                vae_input(),
+                latent_input(),
+                field(
+                    io.Float,
+                    "fps",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.001,
+                    tooltip="Frames per second. 0 = as the latent remembers, else 24.",
+                ),
+                field(
+                    io.Int,
+                    "crf",
+                    default=18,
+                    min=0,
+                    max=51,
+                    tooltip="Quality of the file where the saving node does not say: 0 is lossless, 18 looks the same "
+                    "as the original, 23 is smaller, 51 is the worst.",
+                    advanced=True,
+                ),
+                budget_input(),
+                preview_input(),
+                field(io.Audio, "audio", optional=True, tooltip="Sound for the video; cut to its length."),
+            ],
+            outputs=[io.Video.Output(display_name="video", tooltip="For Save Video. Nothing is decoded before that.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vae: Any,
+        samples: Any,
+        fps: float,
+        crf: int,
+        memory_budget_gb: float,
+        preview: bool,
+        audio: Any = None,
+    ) -> io.NodeOutput:
+        vae = require(vae)
+        z = vae.video_latent(samples)
+        if z.shape[0] != 1:
+            raise ValueError(
+                f"The latent holds {z.shape[0]} clips and a VIDEO is one: take them apart with Latent From Batch, or "
+                "use Video VAE Decode."
+            )
+        facts, told = _facts(samples, z)
+        node_id = cls.hidden.unique_id
+
+        def frames(start: int, stop: int) -> Iterator[Tensor]:
+            run = Run(stop, node_id=node_id, preview=preview)
+            for sentence in told:
+                run.note(sentence)
+            return _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb))
+
+        video = LazyVideo(
+            frames,
+            width=facts.width,
+            height=facts.height,
+            frame_count=facts.frames,
+            frame_rate=Fraction(fps).limit_denominator(1001) if fps else facts.fps or DEFAULT_FPS,
+            audio=audio,
+            crf=crf,
+        )
+        return io.NodeOutput(video)
+
+
+def _part(
+    vae: NativeVideoVAE, z: Tensor, facts: Facts, run: Run, start: int, stop: int, budget: int | None
+) -> Iterator[Tensor]:
+    """Frames `start` to `stop` as (t, h, w, 3) pieces; those before are decoded, too, since each builds on them."""
+    done = 0
+    try:
+        for piece in vae.decode_pieces(z, run, frames=stop, size=facts.size, budget=budget):
+            part = piece[0, max(0, start - done) :]
+            done += piece.shape[1]
+            if part.shape[0]:
+                yield part
+        run.finish()
+    finally:
+        run.close()
+
+
+NODES = [Decode, DecodeToVideo]

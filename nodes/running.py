@@ -1,0 +1,115 @@
+"""One pass of a VAE seen from ComfyUI: progress, live preview, cancel, and the report of what ran."""
+
+from __future__ import annotations
+
+import html
+import logging
+import time
+
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy_execution.progress import get_progress_state
+from PIL import Image
+from torch import Tensor
+
+from .schema import GIB
+
+PREVIEW_SIDE = 512  # largest side of the live preview in pixels
+_PREVIEW_EVERY = 0.5  # seconds
+_log = logging.getLogger("cviv-vae")
+
+
+class Run:
+    """Progress, preview, cancel and report of one pass over `total` frames.
+
+    node_id: of the node that shows bar, preview and text; None for a stock node, which gets the bar alone.
+    preview: whether to show the newest frame.
+    """
+
+    def __init__(self, total: int, *, node_id: str | None = None, preview: bool = False) -> None:
+        self.total, self.done = total, 0
+        self._node_id, self._preview = node_id, preview and node_id is not None
+        self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self._lines: list[str] = []
+        self._start = self._last_preview = time.monotonic()
+        self._device: torch.device | None = None
+
+    def begin(self, device: torch.device) -> None:
+        """The work starts, on `device`: the clock and the peak of memory are set to zero."""
+        self._start, self._device = time.monotonic(), device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def step(self, frames: int, newest: Tensor | None = None) -> None:
+        """`frames` more are done. newest: (h, w, 3) in 0..1. Raises what ComfyUI raises when the user cancelled."""
+        mm.throw_exception_if_processing_interrupted()
+        self.done += frames
+        now = time.monotonic()
+        picture = None
+        due = now - self._last_preview >= _PREVIEW_EVERY or self.done >= self.total
+        if self._preview and newest is not None and due:
+            picture = _jpeg(newest)
+            self._last_preview = now
+        self._bar.update_absolute(self.done, self.total, picture)
+        if due:
+            self._say(self._status(now))
+
+    def note(self, sentence: str) -> None:
+        """A line for the report; a second time it is not repeated."""
+        if sentence not in self._lines:
+            self._lines.append(sentence)
+
+    def finish(self) -> str:
+        """The report: what ran, how long it took, the peak of memory; it is shown on the node, too."""
+        seconds = time.monotonic() - self._start
+        rate = f", {self.done / seconds:.1f} frames per second" if seconds > 0 and self.done else ""
+        lines = [f"{self.done} frames in {seconds:.1f} s{rate}"]
+        if self._device is not None and self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device) / GIB
+            lines.append(f"peak {peak:.2f} GiB on {self._device}, weights included")
+        lines.extend(self._lines)
+        report = "\n".join(lines)
+        _log.info("%s", "; ".join(lines))
+        self._say(report)
+        return report
+
+    def close(self) -> None:
+        """Mark the node as done where it works after its own turn: a VIDEO is decoded while it is saved."""
+        if self._node_id is not None:
+            get_progress_state().finish_progress(self._node_id)
+
+    def _status(self, now: float) -> str:
+        left = (now - self._start) / max(self.done, 1) * (self.total - self.done)
+        return f"{self.done} of {self.total} frames, {_clock(left)} left"
+
+    def _say(self, text: str) -> None:
+        if self._node_id is not None:
+            show_text(text, self._node_id)
+
+
+def show_text(text: str, node_id: str) -> None:
+    """Show plain text on a node; without a server, as in tests and scripts, nothing happens."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+    # newer front ends read Markdown, where two blanks end a line; older ones insert the text as HTML
+    server.send_progress_text(html.escape(text, quote=False).replace("\n", "  \n"), node_id)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _jpeg(frame: Tensor) -> tuple[str, Image.Image, int]:
+    """A frame (h, w, 3) in 0..1 as ComfyUI takes previews; the number is a target side, and it enlarges."""
+    side = max(frame.shape[:2])
+    stride = max(1, side // PREVIEW_SIDE)
+    picture = Image.fromarray(frame[::stride, ::stride].mul(255).round().to(torch.uint8).cpu().numpy())
+    return "JPEG", picture, min(PREVIEW_SIDE, max(picture.size))

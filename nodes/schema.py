@@ -1,0 +1,74 @@
+"""Node schemas for old and new ComfyUI: keywords that the running version does not know are left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from comfy_api.latest import io
+
+CATEGORY = "video vae"
+GIB = 1 << 30
+
+_SCHEMA_FIELDS = frozenset(field.name for field in dataclasses.fields(io.Schema))
+
+
+def field(kind: Any, id: str, **keywords: Any) -> Any:  # noqa: A002, ComfyUI's name for it
+    """An input of `kind` (io.Int, io.Vae, ...); `advanced` and other new keywords are dropped where unknown."""
+    known = inspect.signature(kind.Input.__init__).parameters
+    return kind.Input(id, **{name: value for name, value in keywords.items() if name in known})
+
+
+def describe(**keywords: Any) -> io.Schema:
+    """A schema in our category; `search_aliases` and other new keywords are dropped where unknown."""
+    keywords = {"category": CATEGORY, **keywords}
+    return io.Schema(**{name: value for name, value in keywords.items() if name in _SCHEMA_FIELDS})
+
+
+def vae_input() -> Any:
+    """The input `vae` that most nodes share."""
+    return field(io.Vae, "vae", tooltip="A video VAE from Load Video VAE.")
+
+
+def latent_input() -> Any:
+    """The input `samples` that most nodes share."""
+    return field(
+        io.Latent,
+        "samples",
+        display_name="latent",
+        tooltip="A latent of the VAE's family: from Video VAE Encode, a sampler or a file. 4-D (frames on the batch "
+        "axis) and 5-D both work.",
+    )
+
+
+def budget_input() -> Any:
+    """The input `memory_budget_gb` that most nodes share."""
+    return field(
+        io.Float,
+        "memory_budget_gb",
+        default=0.0,
+        min=0.0,
+        max=1024.0,
+        step=0.1,
+        tooltip="Device memory that working on one piece may take, in GiB, weights not counted. A smaller budget gives "
+        "smaller tiles and the same picture. 0 = as much as is free.",
+        advanced=True,
+    )
+
+
+def preview_input() -> Any:
+    """The input `preview` of the decoding nodes."""
+    return field(
+        io.Boolean,
+        "preview",
+        default=True,
+        tooltip="Show the newest frame on this node while it decodes.",
+        advanced=True,
+    )
+
+
+def check_choice(what: str, got: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `got` is one of `allowed`; ComfyUI 0.3 does not check the choices of V3 nodes."""
+    if got not in allowed:
+        raise ValueError(f"{what} is {got!r}; choose one of: {', '.join(allowed)}.")

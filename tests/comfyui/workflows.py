@@ -1,0 +1,73 @@
+"""The workflows in example_workflows, and comfy-cli, which runs them as a user of the command line does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .checkout import ROOT
+from .server import Server
+from .weights import SMALL
+
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+# nodes that load what is not part of the pack, and the folder where the file in their first widget belongs
+THIRD_PARTY = {"CheckpointLoaderSimple": "models/checkpoints", "ImageOnlyCheckpointLoader": "models/checkpoints"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A workflow as the front end saves it."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def nodes_of(workflow: dict[str, Any], *types: str) -> list[dict[str, Any]]:
+    """The nodes of these types."""
+    return [node for node in workflow["nodes"] if node["type"] in types]
+
+
+def is_executable(path: Path) -> bool:
+    """Whether a workflow runs with what the pack brings along."""
+    return not nodes_of(read(path), *THIRD_PARTY)
+
+
+def provide_files(workflow: dict[str, Any], base: Path) -> None:
+    """Make every file that a workflow names exist in `base`, so that only its content could be wrong."""
+    for node in nodes_of(workflow, *THIRD_PARTY):
+        folder = base / THIRD_PARTY[node["type"]]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / node["widgets_values"][0]).touch()
+    for node in nodes_of(workflow, "CVIV_LoadVideoVAE"):
+        name = node["widgets_values"][0]
+        if not name.startswith("demo-"):
+            shutil.copy(base / "models" / "vae" / SMALL["cv"], base / "models" / "vae" / name)
+    for node in nodes_of(workflow, "LoadImage"):
+        (base / "input" / node["widgets_values"][0]).touch()
+
+
+def with_small_weights(workflow: dict[str, Any]) -> dict[str, Any]:
+    """The workflow with small weights in place of the demo weights, which take minutes for what is tested here."""
+    small = {"demo-cv-vae": SMALL["cv"], "demo-iv-vae": SMALL["iv"]}
+    for node in nodes_of(workflow, "CVIV_LoadVideoVAE"):
+        node["widgets_values"][0] = small.get(node["widgets_values"][0], node["widgets_values"][0])
+    return workflow
+
+
+def comfy_cli(server: Server, folder: Path, *arguments: str) -> dict[str, Any]:
+    """The envelope that `comfy --json run ...` prints. Its own files go into `folder`."""
+    where = ["--host", "127.0.0.1", "--port", str(server.port)]
+    homes = {name: str(folder) for name in ("HOME", "USERPROFILE", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "APPDATA")}
+    result = subprocess.run(
+        [sys.executable, "-m", "comfy_cli", "--json", "--skip-prompt", "run", *arguments, *where],
+        env={**os.environ, **homes, "DO_NOT_TRACK": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+    assert lines, f"comfy-cli printed no envelope:\n{result.stdout}\n{result.stderr}"
+    return json.loads(lines[-1])
