@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+from collections.abc import Iterator
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import decode, encode, latent_files, latent_join, latent_layout, loader, plan, svd_conditioning, svd_long
+MODULES = (
+    "loader",
+    "encode",
+    "decode",
+    "latent_layout",
+    "latent_join",
+    "latent_files",
+    "plan",
+    "svd_conditioning",
+    "svd_long",
+    "svd_adapter",
+    "svd_training",
+)
 
-NODES: list[type[io.ComfyNode]] = [
-    *loader.NODES,
-    *encode.NODES,
-    *decode.NODES,
-    *latent_layout.NODES,
-    *latent_join.NODES,
-    *latent_files.NODES,
-    *plan.NODES,
-    *svd_conditioning.NODES,
-    *svd_long.NODES,
-]
+_log = logging.getLogger("cviv-vae")
+
+
+def _nodes() -> Iterator[type[io.ComfyNode]]:
+    """The nodes of every module; one that this version of ComfyUI breaks costs only its own."""
+    for name in MODULES:
+        try:
+            module = importlib.import_module(f".{name}", __name__)
+        except Exception as error:  # whatever moved in a new version of ComfyUI
+            _log.warning("The nodes of %s cannot be used with this version of ComfyUI: %s", name, error)
+            continue
+        yield from module.NODES
+
+
+NODES = list(_nodes())
 
 # nodes that were renamed, as keyword arguments of io.NodeReplace; old workflows then load by themselves (ComfyUI 0.14)
 RENAMED: list[dict[str, object]] = []
-
-_log = logging.getLogger("cviv-vae")
 
 
 class Extension(ComfyExtension):
