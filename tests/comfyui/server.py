@@ -110,12 +110,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(base: Path) -> Iterator[Server]:
-    """A server on `base`; it is gone when the block ends."""
+def serve(base: Path, **environment: str) -> Iterator[Server]:
+    """A server on `base`, with more environment variables; it is gone when the block ends."""
     checkout, port, log = checkouts()[0], free_port(), base / "server.log"
     command = [sys.executable, "main.py", "--cpu", "--disable-api-nodes", "--disable-auto-launch", "--port", str(port)]
     command += ["--base-directory", str(base), "--database-url", f"sqlite:///{base}/user/comfyui.db"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", **environment}
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=output, stderr=subprocess.STDOUT)
         server = Server(process, base, port, log)
