@@ -14,7 +14,7 @@ SUFFIX = ".latent.safetensors"
 _FOLDER = "latents"  # below a folder of this name, every .safetensors is listed
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]')
 _LONGEST = 200  # bytes of a name; file systems take 255, and a number and the ending are added
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)  # devices of Windows
+DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)  # devices of Windows
 _PASSING = ("%hour%", "%minute%", "%second%", "%width%", "%height%")
 
 
@@ -37,7 +37,7 @@ def check_prefix(prefix: str) -> list[str]:
             raise ValueError(f"{shown} holds {found.group()!r}, which not every system allows in names. Leave it out.")
         if len(part.encode()) > _LONGEST:
             raise ValueError(f"{shown} holds a name of {len(part.encode())} bytes; {_LONGEST} are allowed. Shorten it.")
-        if not part or part[-1] in ". " or _RESERVED.fullmatch(part):
+        if not part or part[-1] in ". " or DEVICE_NAME.fullmatch(part):
             raise ValueError(
                 f"{shown} holds {part!r}, which is no name on every system: empty, ending in a dot or a blank, or the "
                 "name of a device. Choose another name."
@@ -95,7 +95,7 @@ def listed_path(label: str) -> Path:
             f"The file is {label[:200]!r}: choose one of the list, whose entries begin with output/ or input/."
         )
     path = root / rest
-    if not _inside(path, root):
+    if not inside(path, root):
         raise ValueError(f"{label!r} leads out of the {name} folder: copy the file into it.")
     if path.suffix.lower() == ".latent":
         raise ValueError(f"{label!r} was saved by ComfyUI's Save Latent: put it into input/ and use Load Latent.")
@@ -117,7 +117,7 @@ def _files(name: str, root: Path) -> Iterator[tuple[float, str]]:
             if not file.lower().endswith(ending) or file.startswith("."):
                 continue
             path = Path(folder, file)
-            if path.is_file() and _inside(path, root):
+            if path.is_file() and inside(path, root):
                 yield path.stat().st_mtime, (name / below / file).as_posix()
 
 
@@ -138,14 +138,14 @@ def _below_output(prefix: str, width: int, height: int, ending: str) -> Path:
         folders, name = [folder.replace(token, text) for folder in folders], name.replace(token, text)
     root = Path(folder_paths.get_output_directory())
     path = root.joinpath(*folders, name + ending)
-    if not _inside(path, root):
+    if not inside(path, root):
         raise ValueError(
             f"The file name {prefix[:200]!r} leads out of the output folder through a link: choose another."
         )
     return path
 
 
-def _inside(path: Path, root: Path) -> bool:
+def inside(path: Path, root: Path) -> bool:
     """Whether `path`, links followed, lies below `root`."""
     try:
         real, top = os.path.realpath(path), os.path.realpath(root)

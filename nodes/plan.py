@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 
 from ..vae_core.plan_picture import draw_plan
@@ -13,6 +11,7 @@ from ..vae_core.windows import SPACE, latent_frames
 from .native import budget_bytes, require
 from .running import show_text
 from .schema import GIB, budget_input, check_choice, describe, field, vae_input
+from .wire import image_of
 
 DIRECTIONS = ("decode", "encode")
 
@@ -63,7 +62,7 @@ class PlanNode(io.ComfyNode):
         picture = draw_plan(plan, (height, width), frames, title)
         report = f"{title}\n{plan}"
         show_text(report, cls.hidden.unique_id)
-        return io.NodeOutput(torch.from_numpy(np.array(picture)).float().div(255).unsqueeze(0), report)
+        return io.NodeOutput(image_of(picture), report)
 
 
 NODES = [PlanNode]

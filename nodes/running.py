@@ -36,7 +36,9 @@ class Run:
         self._device: torch.device | None = None
 
     def begin(self, device: torch.device) -> None:
-        """The work starts, on `device`: the clock and the peak of memory are set to zero."""
+        """The work starts, on `device`: the clock and the peak of memory are set to zero, the first time."""
+        if self._device is not None:
+            return
         self._start, self._device = time.monotonic(), device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..vae_core.latents import open_latent
 from ..vae_core.svd_training import AUGMENTATION, LATENT_SCALE
 from ..vae_core.windows import SPACE, TIME, latent_frames
+from .latent_paths import inside
 from .native import NativeVideoVAE
 from .running import Run
 from .svd_conditioning import CHANNELS
@@ -153,9 +153,7 @@ def training_folder(folder: str) -> Path:
     """The path of a folder below input/. Raises ValueError where it would lie elsewhere."""
     root = Path(folder_paths.get_input_directory())
     path = root / folder.strip().replace("\\", "/")
-    real, top = os.path.realpath(path), os.path.realpath(root)
-    inside = os.path.splitdrive(real)[0] == os.path.splitdrive(top)[0] and os.path.commonpath((real, top)) == top
-    if not folder.strip() or not inside:
+    if not folder.strip() or not inside(path, root):
         raise ValueError(f"The folder is {folder[:200]!r}: give the name of one in input/, such as svd_training.")
     return path
 

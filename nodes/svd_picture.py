@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .svd_job import LongSettings
 from .svd_windows import Span, carry_mask, fusing_weights
-from .wire import whole_frames
+from .wire import image_of, whole_frames
 
 WIDTH = 1024
 _LEFT, _RIGHT, _TOP, _ROW, _AXIS = 24, 24, 44, 52, 46
@@ -42,7 +40,7 @@ def draw_spans(spans: Sequence[Span], settings: LongSettings, fps: float) -> Ten
     )
     for row, (span, height) in enumerate(zip(shown, heights, strict=False)):
         _draw_row(draw, font, span, height.tolist(), _TOP + _ROW * row, step, _COLOURS[row % len(_COLOURS)])
-    return torch.from_numpy(np.array(picture)).float().div(255).unsqueeze(0)
+    return image_of(picture)
 
 
 def _title(spans: Sequence[Span], settings: LongSettings) -> str:

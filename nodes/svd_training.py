@@ -15,7 +15,6 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 import folder_paths
-import numpy as np
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -23,17 +22,18 @@ from torch import Tensor
 from ..vae_core.loss_picture import draw_losses
 from ..vae_core.svd_adapter import LAYER, OutputLayer, save_adapter
 from ..vae_core.svd_training import METHODS, SIGMA, AdapterTrainer, Draw, TrainSettings, draw, network_target
+from .latent_paths import DEVICE_NAME
 from .native import NativeVideoVAE, require
 from .running import show_text
 from .schema import check_choice, describe, field
 from .svd_adapter import FOLDER, added_outputs, check_svd, checkpoint_layer
 from .svd_clips import ClipMaker, TrainingClip, check_size, training_files, training_folder
+from .wire import image_of
 
 MOTION = 127  # the motion bucket that SVD is told
 CHECKPOINT_EVERY = 100  # steps
 HELD_OUT = 8  # passes that compare the layer before and after
 _NAME = re.compile(r"\w[\w .-]{0,79}")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)  # devices of Windows
 _log = logging.getLogger("cviv-vae")
 
 
@@ -180,7 +180,7 @@ class Session:
         report = self._report(first, before, after, time.monotonic() - began, notes)
         self._say(report)
         _log.info("%s", report.replace("\n", "; "))
-        return str(places.adapter), torch.from_numpy(np.array(picture)).float().div(255).unsqueeze(0), report
+        return str(places.adapter), image_of(picture), report
 
     def _load(self) -> None:
         shape = [self._held.x0.shape[0], *self._held.x0.shape[1:]]
@@ -274,7 +274,7 @@ def network_features(model: Any, clip: TrainingClip, drawn: Draw) -> tuple[Tenso
 
 def check_name(name: str) -> None:
     """Raise ValueError unless `name` is a plain file name on every system."""
-    if not _NAME.fullmatch(name) or name[-1] in " ." or _RESERVED.fullmatch(name) or len(name.encode()) > 200:
+    if not _NAME.fullmatch(name) or name[-1] in " ." or DEVICE_NAME.fullmatch(name) or len(name.encode()) > 200:
         raise ValueError(
             f"The save_name is {name[:100]!r}: give a plain name of up to 80 letters, digits, blanks, dots, - and _, "
             "such as svd_cv_vae_97; it is not a path, and the ending is added."

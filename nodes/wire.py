@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from ..vae_core.windows import SPACE, latent_frames, pixel_frames
@@ -158,6 +161,11 @@ def pieces_of(images: Tensor) -> Iterator[Tensor]:
 def images_of(piece: Tensor) -> Tensor:
     """(b, t, h, w, 3) float32 in 0..1 of frames (b, 3, t, h, w) in [-1, 1]."""
     return rearrange(piece, "b c t h w -> b t h w c").float().add(1).div_(2).clamp_(0, 1)
+
+
+def image_of(picture: Image.Image) -> Tensor:
+    """An RGB picture as IMAGE, (1, h, w, 3) in 0..1."""
+    return torch.from_numpy(np.array(picture)).float().div(255).unsqueeze(0)
 
 
 def whole_frames(latents: int) -> int:

@@ -273,3 +273,13 @@ def test_save_video_decodes_into_the_file(comfy: Comfy, load_vae: LoadVAE, name:
     shown = torch.from_numpy(found["frames"]) / 255
     assert (shown - decoded).abs().mean() < 0.05  # colours share pixels in the file
     assert (shown.flip(0) - decoded).abs().mean() > (shown - decoded).abs().mean()
+
+
+def test_a_run_of_many_passes_has_one_clock(comfy: Comfy) -> None:
+    """Separate images are a pass each, and the report is of all of them."""
+    running = comfy.pack("nodes.running")
+    run = running.Run(2)
+    run.begin(torch.device("cpu"))
+    start = run._start
+    run.begin(torch.device("cpu"))
+    assert run._start == start
