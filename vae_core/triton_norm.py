@@ -1,0 +1,226 @@
+"""Triton kernels of `fused_norm`: one read and one write per element, several positions per program.
+
+Tensors are (b, c, t, h, w) of any strides, contiguous or channels last, float16, bfloat16 or float32; arithmetic is
+float32. Positions whose distance in memory is even are run through in one line: whole frames, or rows. Import this
+only where Triton is installed.
+"""
+
+# ruff: noqa: ANN001, ANN202
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false, reportIndexIssue=false
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# (Triton may not be installed, and it reads annotations of kernels as its own)
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import fused_norm
+
+EPS_SQUARED = tl.constexpr(fused_norm.EPS**2)
+TILE = 8192  # elements that one program holds at once
+STATISTICS_TILES = 8  # tiles that one program of the statistics runs through
+
+
+@triton.jit
+def _base(pointer, line, frames, rows, s_b, s_t, s_r):
+    """Where line `line` begins; lines count rows in frames in batch rows."""
+    row = (line % rows).to(tl.int64)
+    frame = (line // rows % frames).to(tl.int64)
+    batch = (line // rows // frames).to(tl.int64)
+    return pointer + batch * s_b + frame * s_t + row * s_r
+
+
+@triton.jit
+def _activated(y, silu: tl.constexpr):
+    if silu:
+        y = y / (1.0 + tl.exp(-y))
+    return y
+
+
+@triton.jit
+def _rms_kernel(
+    x, gain, out, frames, rows, length, tiles, width,
+    x_b, x_c, x_t, x_r, x_p, out_b, out_c, out_t, out_r, out_p,
+    halves: tl.constexpr, silu: tl.constexpr, channels: tl.constexpr, positions: tl.constexpr,
+) -> None:  # fmt: skip
+    """One half of the channels at a few positions of one line."""
+    program = tl.program_id(0)
+    p = (program % tiles * positions + tl.arange(0, positions)).to(tl.int64)[None, :]
+    half = program // tiles % halves
+    line = program // tiles // halves
+    channel = tl.arange(0, channels)
+    mask = (channel < width)[:, None] & (p < length)
+    channel = half * width + channel
+    c = channel.to(tl.int64)[:, None]
+    values = tl.load(_base(x, line, frames, rows, x_b, x_t, x_r) + c * x_c + p * x_p, mask=mask, other=0.0)
+    values = values.to(tl.float32)
+    squares = tl.maximum(tl.sum(values * values, axis=0), EPS_SQUARED)
+    gains = tl.load(gain + channel, mask=channel < (half + 1) * width, other=0.0)
+    y = _activated(values * (1.0 / tl.sqrt(squares))[None, :] * gains[:, None], silu)
+    tl.store(_base(out, line, frames, rows, out_b, out_t, out_r) + c * out_c + p * out_p, y, mask=mask)
+
+
+@triton.jit
+def _scale_kernel(
+    x, scale, shift, out, frames, rows, length, tiles, blocks, width,
+    x_b, x_c, x_t, x_r, x_p, out_b, out_c, out_t, out_r, out_p,
+    silu: tl.constexpr, channels: tl.constexpr, positions: tl.constexpr,
+) -> None:  # fmt: skip
+    """x * scale + shift, per batch row and channel, for a few channels at a few positions of one line."""
+    program = tl.program_id(0)
+    p = (program % tiles * positions + tl.arange(0, positions)).to(tl.int64)[None, :]
+    channel = program // tiles % blocks * channels + tl.arange(0, channels)
+    line = program // tiles // blocks
+    inside = channel < width
+    mask = inside[:, None] & (p < length)
+    c = channel.to(tl.int64)[:, None]
+    values = tl.load(_base(x, line, frames, rows, x_b, x_t, x_r) + c * x_c + p * x_p, mask=mask, other=0.0)
+    entry = line // rows // frames * width + channel
+    scales = tl.load(scale + entry, mask=inside, other=0.0)[:, None]
+    shifts = tl.load(shift + entry, mask=inside, other=0.0)[:, None]
+    y = _activated(values.to(tl.float32) * scales + shifts, silu)
+    tl.store(_base(out, line, frames, rows, out_b, out_t, out_r) + c * out_c + p * out_p, y, mask=mask)
+
+
+@triton.jit
+def _statistics_kernel(
+    x, means, squares, frames, rows, length, tiles, blocks, width,
+    x_b, x_c, x_t, x_r, x_p,
+    channels: tl.constexpr, positions: tl.constexpr, repeats: tl.constexpr,
+) -> None:  # fmt: skip
+    """Mean and squared differences from it, per channel, over `repeats` tiles of one line.
+
+    Tiles are merged by Chan's formula. Results are (lines, tiles, width).
+    """
+    program = tl.program_id(0)
+    channel = program // tiles % blocks * channels + tl.arange(0, channels)
+    line = program // tiles // blocks
+    inside = channel < width
+    start = _base(x, line, frames, rows, x_b, x_t, x_r) + channel.to(tl.int64)[:, None] * x_c
+    mean = tl.zeros([channels], tl.float32)
+    square = tl.zeros([channels], tl.float32)
+    count = 0.0
+    for i in range(repeats):
+        first = (program % tiles * repeats + i) * positions
+        p = (first + tl.arange(0, positions)).to(tl.int64)[None, :]
+        mask = inside[:, None] & (p < length)
+        values = tl.load(start + p * x_p, mask=mask, other=0.0).to(tl.float32)
+        new = tl.minimum(tl.maximum(length - first, 0), positions).to(tl.float32)
+        new_mean = tl.sum(values, axis=1) / tl.maximum(new, 1.0)
+        difference = tl.where(mask, values - new_mean[:, None], 0.0)
+        total = tl.maximum(count + new, 1.0)
+        step = new_mean - mean
+        square += tl.sum(difference * difference, axis=1) + step * step * (count * new / total)
+        mean += step * (new / total)
+        count += new
+    entry = (line * tiles + program % tiles).to(tl.int64) * width + channel
+    tl.store(means + entry, mean, mask=inside)
+    tl.store(squares + entry, square, mask=inside)
+
+
+def _lines(*tensors: Tensor) -> list[Tensor]:
+    """(b, c, t, h, w) as views (b, c, frames, rows, positions), with lines as long as the strides of all allow."""
+    if all(x.stride(3) == x.shape[4] * x.stride(4) or x.shape[3] == 1 for x in tensors):
+        tensors = tuple(_merged(x, 3) for x in tensors)
+        if all(x.stride(2) == x.shape[4] * x.stride(4) or x.shape[2] == 1 for x in tensors):
+            tensors = tuple(_merged(x, 2) for x in tensors)
+    return list(tensors)
+
+
+def _merged(x: Tensor, dim: int) -> Tensor:
+    """Dimension `dim` merged into the last one; where it stood stays a dimension of one."""
+    shape, strides = list(x.shape), list(x.stride())
+    shape[4] *= shape[dim]
+    shape[dim] = 1
+    return x.as_strided(shape, strides)
+
+
+def _tile(x: Tensor, channels: int) -> tuple[int, int]:
+    """(channels, positions) of a tile that reads runs of memory: along the channels where those lie together."""
+    longest = triton.next_power_of_2(x.shape[4])
+    if x.stride(1) != 1:
+        channels = 1
+    channels = min(triton.next_power_of_2(channels), TILE)
+    return channels, max(1, min(TILE // channels, longest, 1024))
+
+
+def _warps(tile: int) -> int:
+    """At most 64 numbers a thread."""
+    return 8 if tile > 8192 else 4 if tile > 1024 else 1
+
+
+def rms_norm_silu(x: Tensor, gain: Tensor, *, halves: int, silu: bool, out: Tensor) -> None:
+    """`fused_norm.rms_norm_silu` into `out`, which may be `x`."""
+    x, out = _lines(fused_norm.as_clip(x), fused_norm.as_clip(out))
+    b, c, frames, rows, length = x.shape
+    width = c // halves
+    channels = triton.next_power_of_2(width)
+    positions = min(max(TILE // channels, 16), 64, triton.next_power_of_2(length))
+    tiles = triton.cdiv(length, positions)
+    with torch.cuda.device_of(x):
+        _rms_kernel[(b * frames * rows * halves * tiles,)](
+            x, gain.float().contiguous(), out, frames, rows, length, tiles, width, *x.stride(), *out.stride(),
+            halves=halves, silu=silu, channels=channels, positions=positions, num_warps=_warps(channels * positions),
+        )  # fmt: skip
+
+
+def scale_shift_silu(x: Tensor, scale: Tensor, shift: Tensor, *, silu: bool, out: Tensor) -> None:
+    """x * scale + shift, and SiLU, into `out`, which may be `x`; scale and shift are float32 (b, c)."""
+    if x.ndim == 4:  # here the first dimension is the batch, not time
+        x, out = x[:, :, None], out[:, :, None]
+    x, out = _lines(x, out)
+    b, width, frames, rows, length = x.shape
+    channels, positions = _tile(x, min(width, 128))
+    tiles, blocks = triton.cdiv(length, positions), triton.cdiv(width, channels)
+    with torch.cuda.device_of(x):
+        _scale_kernel[(b * frames * rows * blocks * tiles,)](
+            x, scale.contiguous(), shift.contiguous(), out, frames, rows, length, tiles, blocks, width,
+            *x.stride(), *out.stride(),
+            silu=silu, channels=channels, positions=positions, num_warps=_warps(channels * positions),
+        )  # fmt: skip
+
+
+def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (b, groups), float32, of (b, c, t, h, w): per channel and piece, then pooled."""
+    (x,) = _lines(x)
+    b, width, frames, rows, length = x.shape
+    channels, positions = _tile(x, min(width, 128))
+    tiles = triton.cdiv(length, positions * STATISTICS_TILES)
+    blocks = triton.cdiv(width, channels)
+    means = x.new_empty(b, frames * rows * tiles, width, dtype=torch.float32)
+    squares = torch.empty_like(means)
+    with torch.cuda.device_of(x):
+        _statistics_kernel[(b * frames * rows * blocks * tiles,)](
+            x, means, squares, frames, rows, length, tiles, blocks, width, *x.stride(),
+            channels=channels, positions=positions, repeats=STATISTICS_TILES, num_warps=_warps(channels * positions),
+        )  # fmt: skip
+    counts = torch.full((tiles,), positions * STATISTICS_TILES, dtype=torch.float32)
+    counts[-1] -= tiles * positions * STATISTICS_TILES - length
+    return fused_norm.pool_channels(means, squares, counts.repeat(frames * rows).to(x.device), groups)
+
+
+def check(device: torch.device) -> None:
+    """Run every kernel on a few numbers; raises what fails, or ArithmeticError where the numbers are wrong."""
+    x = torch.linspace(-3, 5, 2 * 8 * 3 * 4 * 5, device=device).view(2, 8, 3, 4, 5)
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        x = x.contiguous(memory_format=layout)
+        gain, shift = torch.linspace(1, 2, 8, device=device), torch.linspace(-1, 1, 16, device=device).view(2, 8)
+        normed, scaled = torch.empty_like(x), torch.empty_like(x)
+        rms_norm_silu(x, gain, halves=2, silu=True, out=normed)
+        scale_shift_silu(x, shift + 2, shift, silu=True, out=scaled)
+        mean, variance = group_statistics(x, 4)
+        parts = x.unflatten(1, (2, 4))
+        expected = F.normalize(parts, dim=2).flatten(1, 2) * gain.view(-1, 1, 1, 1)
+        values = x.unflatten(1, (4, 2)).flatten(2)
+        pairs = [
+            (normed, F.silu(expected)),
+            (scaled, F.silu(x * (shift + 2)[..., None, None, None] + shift[..., None, None, None])),
+            (mean, values.mean(2)),
+            (variance, values.var(2, correction=0)),
+        ]
+        if not all(torch.allclose(got, right, rtol=1e-4, atol=1e-5) for got, right in pairs):
+            raise ArithmeticError("the kernels compute wrong numbers")
