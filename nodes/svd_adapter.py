@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import comfy.model_base
 import folder_paths
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..vae_core.svd_adapter import LAYER, OutputLayer, output_layer, read_adapter
 from .schema import describe, field
+from .svd_model import check_svd
 
 FOLDER = "loras"
 _KIND, _KEY = WrappersMP.DIFFUSION_MODEL, "cviv_svd_adapter"
@@ -142,16 +142,6 @@ def adapter_path(name: str) -> Path:
             "file there and press R to read the folder again."
         )
     return Path(found)
-
-
-def check_svd(model: Any) -> None:
-    """Raise ValueError unless `model` is an SVD model."""
-    network = getattr(model, "model", None)
-    if not isinstance(network, comfy.model_base.SVD_img2vid):
-        raise ValueError(
-            f"The model is {type(network).__name__} and output adapters are for SVD (SVD_img2vid) alone: load "
-            "svd.safetensors or svd_xt.safetensors with Image Only Checkpoint Loader."
-        )
 
 
 def checkpoint_layer(model: Any) -> OutputLayer:

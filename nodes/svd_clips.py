@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from comfy_api.latest import InputImpl
 from torch import Tensor
 
 from ..vae_core.latents import open_latent
-from ..vae_core.svd_training import AUGMENTATION, LATENT_SCALE
+from ..vae_core.svd_session import TrainingClip, augmented
+from ..vae_core.svd_training import LATENT_SCALE
 from ..vae_core.windows import SPACE, TIME, latent_frames
 from .latent_paths import inside
 from .native import NativeVideoVAE
@@ -26,22 +26,6 @@ from .video_source import VideoSource, open_video
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 LATENTS = ".safetensors"
 _FEWEST = 1 + TIME  # frames of a clip
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingClip:
-    """A clip as SVD is trained on it; tensors are on the CPU.
-
-    x0: (t, 4, h, w) in the model's scale. image: its first frame as latent (1, 4, h, w), unscaled. seen: CLIP's
-    embedding of that frame (1, 1, d). rate: latents per second, as SVD is told. augmentation: of the image.
-    """
-
-    name: str
-    x0: Tensor
-    image: Tensor
-    seen: Tensor
-    rate: int
-    augmentation: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +85,8 @@ class ClipMaker:
         yield z, picture.reshape(-1, *picture.shape[-3:])[:1, ..., :3].cpu(), float(opened.meta.fps)
 
     def _clip(self, name: str, x0: Tensor, first: Tensor, fps: float, number: int) -> TrainingClip:
-        generator = torch.Generator().manual_seed((self.seed * 65_537 + number) % 2**63)
-        level = math.exp(AUGMENTATION[0] + AUGMENTATION[1] * float(torch.randn(1, generator=generator)))
         first = first.float()
-        noisy = first + level * torch.randn(first.shape, generator=generator)
+        level, noisy = augmented(first, self.seed, number)
         image = self.image_vae.encode(noisy)
         image = image[:, :, 0] if image.ndim == 5 else image
         if image.shape[1] != CHANNELS or image.shape[-2:] != x0.shape[-2:]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_base
 from comfy_api.latest import io
 
 from .schema import check_choice, describe, field
 from .svd_hooks import LongSampling
 from .svd_job import LongSettings
+from .svd_model import check_svd
 from .svd_picture import draw_spans
 from .svd_windows import FUSES, TRAINED, Span, check_overlap, describe_spans
 from .wire import Facts, read_facts, samples_of, whole_frames
@@ -88,7 +88,7 @@ class SVDLongVideo(io.ComfyNode):
             check_overlap("overlap", window_length, overlap)
         else:
             check_overlap("carry", window_length, carry, least=1)
-        _check_model(model)
+        check_svd(model)
         facts = _check_latent(samples)
         settings = LongSettings(
             mode=mode,
@@ -202,17 +202,6 @@ def _guiding_inputs() -> list[Any]:
             "Linear CFG Guidance does over a whole clip. 0 = the same CFG everywhere.",
         ),
     ]
-
-
-def _check_model(model: Any) -> None:
-    """Raise ValueError unless `model` is an SVD model."""
-    network = getattr(model, "model", None)
-    if not isinstance(network, comfy.model_base.SVD_img2vid):
-        raise ValueError(
-            f"The model is {type(network).__name__} and this node works on SVD (SVD_img2vid) alone: load "
-            "svd.safetensors or svd_xt.safetensors with Image Only Checkpoint Loader. For AnimateDiff and other video "
-            "models use their own context windows."
-        )
 
 
 def _check_latent(latent: Any) -> Facts:

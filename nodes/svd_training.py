@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import re
 import time
 from dataclasses import dataclass
@@ -20,19 +19,18 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..vae_core.loss_picture import draw_losses
-from ..vae_core.svd_adapter import LAYER, OutputLayer, save_adapter
-from ..vae_core.svd_training import METHODS, SIGMA, AdapterTrainer, Draw, TrainSettings, draw, network_target
+from ..vae_core.svd_adapter import LAYER, save_adapter
+from ..vae_core.svd_session import CHECKPOINT_EVERY, HELD_OUT, MOTION, Training, TrainingClip
+from ..vae_core.svd_training import METHODS, AdapterTrainer, Draw, TrainSettings, network_target
 from .latent_paths import DEVICE_NAME
 from .native import NativeVideoVAE, require
 from .running import show_text
 from .schema import check_choice, describe, field
-from .svd_adapter import FOLDER, added_outputs, check_svd, checkpoint_layer
-from .svd_clips import ClipMaker, TrainingClip, check_size, training_files, training_folder
+from .svd_adapter import FOLDER, added_outputs, checkpoint_layer
+from .svd_clips import ClipMaker, check_size, training_files, training_folder
+from .svd_model import check_svd
 from .wire import image_of
 
-MOTION = 127  # the motion bucket that SVD is told
-CHECKPOINT_EVERY = 100  # steps
-HELD_OUT = 8  # passes that compare the layer before and after
 _NAME = re.compile(r"\w[\w .-]{0,79}")
 _log = logging.getLogger("cviv-vae")
 
@@ -152,92 +150,37 @@ class Session:
         self, model: Any, trainer: AdapterTrainer, clips: list[TrainingClip], places: Places, node_id: str | None
     ) -> None:
         self._model, self._trainer, self._places, self._node_id = model, trainer, places, node_id
-        self._held, self._clips = clips[-1], clips[:-1] or clips
-        self._count = len(clips)
+        self._training = Training(trainer, clips, self._features)
 
     def run(self, steps: int, notes: list[str]) -> tuple[str, Tensor, str]:
         """Train up to `steps` steps in all; (path, IMAGE of the loss curve, report)."""
-        trainer, places, began = self._trainer, self._places, time.monotonic()
-        first = trainer.steps
-        bar = comfy.utils.ProgressBar(max(steps - first, 0) + HELD_OUT, node_id=self._node_id)
-        self._load()
+        trainer, training, places, began = self._trainer, self._training, self._places, time.monotonic()
+        bar = comfy.utils.ProgressBar(max(steps - trainer.steps, 0) + HELD_OUT, node_id=self._node_id)
+        mm.load_models_gpu([self._model], memory_required=self._model.memory_required(list(training.held.x0.shape)))
         try:
             while trainer.steps < steps:
-                self._step()
+                loss = training.step()
                 bar.update(1)
-                self._say(f"step {trainer.steps} of {steps}, loss {trainer.losses[-1]:.4g}")
+                self._say(f"step {trainer.steps} of {steps}, loss {loss:.4g}")
                 if trainer.steps % CHECKPOINT_EVERY == 0:
                     trainer.save(places.state)
         finally:  # a cancel is a BaseException in newer versions
-            if trainer.steps > first:
+            if trainer.steps > training.first:
                 trainer.save(places.state)
         tuned = trainer.result()
-        before, after = self._compare(tuned, bar)
-        save_adapter(places.adapter, tuned - trainer.old, self._texts(before, after))
-        picture = draw_losses(trainer.losses, f"{places.adapter.stem}: {trainer.settings.method}, held-out loss "
-                              f"{before:.4g} to {after:.4g}")  # fmt: skip
+        before, after = training.compare(tuned, lambda: bar.update(1))
+        save_adapter(places.adapter, tuned - trainer.old, training.texts(before, after))
+        picture = draw_losses(trainer.losses, training.title(places.adapter.stem, before, after))
         picture.save(places.curve)
-        report = self._report(first, before, after, time.monotonic() - began, notes)
+        kept = f"adapter {places.adapter.name} in models/loras; state and loss curve in output/adapters"
+        report = "\n".join(training.report(before, after, time.monotonic() - began, kept, notes))
         self._say(report)
         _log.info("%s", report.replace("\n", "; "))
         return str(places.adapter), image_of(picture), report
 
-    def _load(self) -> None:
-        shape = [self._held.x0.shape[0], *self._held.x0.shape[1:]]
-        mm.load_models_gpu([self._model], memory_required=self._model.memory_required(shape))
-
-    def _step(self) -> None:
+    def _features(self, clip: TrainingClip, drawn: Draw) -> tuple[Tensor, Tensor]:
         mm.throw_exception_if_processing_interrupted()
-        trainer = self._trainer
-        drawn = draw(trainer.settings.seed, trainer.steps, [tuple(clip.x0.shape) for clip in self._clips])
-        trainer.step(*network_features(self._model, self._clips[drawn.clip], drawn))
-
-    def _compare(self, tuned: OutputLayer, bar: Any) -> tuple[float, float]:
-        """Loss of the old and the tuned layer on the held-out clip, at noise levels spread over the training's."""
-        clip, sums = self._held, [0.0, 0.0]
-        for index in range(HELD_OUT):
-            mm.throw_exception_if_processing_interrupted()
-            quantile = math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * (index + 0.5) / HELD_OUT - 1)))
-            noise = torch.randn(clip.x0.shape, generator=torch.Generator().manual_seed(2**40 + index))
-            drawn = Draw(clip=0, sigma=math.exp(SIGMA[0] + SIGMA[1] * quantile), noise=noise, dropped=False)
-            features, target = network_features(self._model, clip, drawn)
-            for number, layer in enumerate((self._trainer.old, tuned)):
-                for part, wanted in zip(features.split(1), target.split(1), strict=True):
-                    error = (layer.run(part) - wanted).square().sum()
-                    sums[number] += float(error) / target.numel() / HELD_OUT
-            bar.update(1)
-        return sums[0], sums[1]
-
-    def _texts(self, before: float, after: float) -> dict[str, str]:
-        settings = self._trainer.settings
-        return {
-            "method": settings.method,
-            "steps": str(self._trainer.steps),
-            "learning_rate": repr(settings.learning_rate),
-            "ridge": repr(settings.ridge),
-            "seed": str(settings.seed),
-            "clips": str(self._count),
-            "held_out_loss_before": repr(before),
-            "held_out_loss_after": repr(after),
-        }
-
-    def _report(self, first: int, before: float, after: float, seconds: float, notes: list[str]) -> str:
-        settings, done = self._trainer.settings, self._trainer.steps - first
-        lines = [
-            f"{self._count} clips, the last one held out of the training"
-            if self._count > 1
-            else "one clip, so the held-out loss is of the same clip with other noise: use more clips",
-            f"{settings.method}, {self._trainer.steps} steps in all, {done} now"
-            + (f", from step {first} on" if first else ""),
-            f"held-out loss {before:.4g} before, {after:.4g} after",
-            f"{seconds:.0f} s with the comparison" + (f", {seconds / done:.2f} s a step" if done else ""),
-            f"adapter {self._places.adapter.name} in models/loras; state and loss curve in output/adapters",
-            *notes,
-        ]
-        if after >= before:
-            lines.append("the loss did not fall: use more clips or steps, another learning rate or a larger ridge")
-        lines.append("the loss says little of how a video looks: compare with strength 0 by eye")
-        return "\n".join(lines)
+        return network_features(self._model, clip, drawn)
 
     def _say(self, text: str) -> None:
         if self._node_id is not None:

@@ -36,11 +36,11 @@ UNET = {
 }
 
 
-def small_svd(comfy: Comfy) -> Any:
-    """A MODEL that ComfyUI takes for SVD."""
+def small_svd(comfy: Comfy, heads: int = 32) -> Any:
+    """A MODEL that ComfyUI takes for SVD. heads: channels of an attention head."""
     management = comfy.module("comfy.model_management")
     config = comfy.module("comfy.supported_models").SVD_img2vid(dict(UNET))
-    config.unet_config["num_head_channels"] = 32  # the constructor sets that of the full model
+    config.unet_config["num_head_channels"] = heads  # the constructor sets that of the full model
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)

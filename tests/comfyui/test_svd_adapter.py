@@ -294,5 +294,5 @@ def test_refusals(comfy: Comfy, train: Callable[..., Any], loras: Path) -> None:
     core.save_adapter(loras / "wide.safetensors", core.output_layer(torch.zeros(4, 320, 3, 3), torch.zeros(4)))
     with pytest.raises(NodeError, match=r"shape \(4, 320, 3, 3\) and the model has \(4, 32, 3, 3\)"):
         _apply(comfy, model, "wide.safetensors")
-    with pytest.raises(NodeError, match="output adapters are for SVD"):
+    with pytest.raises(NodeError, match=r"works on SVD \(SVD_img2vid\) alone"):
         _apply(comfy, small_image_vae(comfy).patcher, "a.safetensors")

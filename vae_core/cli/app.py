@@ -29,8 +29,10 @@ from ..headers import UnreadableError, read_header
 from ..latents import TENSOR, LatentFile, open_latent
 from ..video import OUTPUT_SUFFIXES, check_output_name, probe
 from . import report
+from .encode_dataset import encode_dataset_command
 from .evaluate import build_set_command, evaluate_command
 from .guard import UserError, err, guarded, note, out, set_debug
+from .inflate import inflate_command
 from .options import (
     Device,
     DType,
@@ -44,6 +46,8 @@ from .options import (
     load_weights,
 )
 from .plan import plan_command
+from .svd_adapter import train_svd_adapter_command
+from .train import train_command
 from .work import Advance, Clip, Quality, check_outputs, decode, encode, notes_on, open_clip, reconstruct, source_of
 
 DEMO_CLIP = DEMO_FOLDER / "demo_clip.mp4"
@@ -60,6 +64,10 @@ app = typer.Typer(
 app.command("plan")(plan_command)
 app.command("evaluate")(evaluate_command)
 app.command("build-set")(build_set_command)
+app.command("encode-dataset")(encode_dataset_command)
+app.command("inflate")(inflate_command)
+app.command("train")(train_command)
+app.command("train-svd-adapter")(train_svd_adapter_command)
 
 
 def run() -> None:

@@ -1,0 +1,309 @@
+"""`cviv-vae train-svd-adapter`: SVD's output layer, tuned on clips of a folder without ComfyUI."""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ..codec import VideoVAE
+from ..latents import open_latent
+from ..loss_picture import draw_losses
+from ..svd_adapter import OUTPUTS, save_adapter
+from ..svd_session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, augmented
+from ..svd_training import LATENT_SCALE, METHODS, AdapterTrainer, TrainSettings
+from ..video import frame_times, probe, read_frames
+from ..windows import SPACE, TIME, latent_frames
+from .guard import UserError, err, guarded, note, out
+from .options import Device, DType, DTypeOption, Overwrite, device_and_dtype, load_weights
+from .work import check_outputs
+
+if TYPE_CHECKING:
+    from ..svd_diffusers import ImageEncoder, ImageVAE
+
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+LATENTS = ".safetensors"
+_FEWEST = 1 + TIME  # frames of a clip
+_UNIT = 8 * SPACE  # pixels; the U-Net halves a latent three times
+
+
+class Method(str, Enum):
+    """How to train."""
+
+    DESCENT = "gradient-descent"
+    RIDGE = "ridge-regression"
+
+
+@guarded
+def train_svd_adapter_command(
+    folder: Annotated[Path, typer.Argument(help="Videos, or latent files that encode wrote with the same VAE.")],
+    svd: Annotated[Path, typer.Option("--svd", help="svd_xt.safetensors, or a folder of SVD from Hugging Face.")],
+    weights: Annotated[str, typer.Option("--weights", "-w", help="The CV-VAE that will decode.", metavar="FILE")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The adapter; NAME.state.safetensors and NAME.png lie beside it.")
+    ] = Path("svd_cv_vae.safetensors"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps in all; the published tuning took 5000.")] = 500,
+    method: Annotated[Method, typer.Option("--method", help="AdamW, as published, or a closed form.")] = Method.DESCENT,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=1e-8, max=1.0, help="Of AdamW.")] = 1e-5,
+    ridge: Annotated[
+        float, typer.Option("--ridge", min=1e-9, help="How strongly ridge regression holds the old weights.")
+    ] = 1e-3,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of clips, noise levels and noise.")] = 0,
+    frames: Annotated[int, typer.Option("--frames", min=_FEWEST, help="Of a clip; longer videos give several.")] = 97,
+    width: Annotated[
+        int, typer.Option("--width", min=_UNIT, help="Videos are scaled and cut to this width ...")
+    ] = 1024,
+    height: Annotated[int, typer.Option("--height", min=_UNIT, help="... and height.")] = 576,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training of this output.")] = False,
+    dtype: DTypeOption = DType.auto,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Tune the last layer of SVD (11,524 numbers) on CV-VAE latents of your clips, with the memory of sampling.
+
+    Ctrl-C keeps what was done; --resume goes on with it.
+    """
+    _check_installed()
+    from ..svd_diffusers import load_network
+
+    places = _places(output, resume=resume, overwrite=overwrite)
+    shape = _Shape(frames=frames, width=width, height=height)
+    files = _files(folder)
+    settings = TrainSettings(
+        method=METHODS[list(Method).index(method)],
+        learning_rate=learning_rate,
+        ridge=ridge,
+        seed=seed,
+        fingerprint=_fingerprint(files, shape),
+    )
+    source, where, kind = _source(svd, dtype, device)
+    network = load_network(source, kind)  # before the clips, which may take long: what is wrong with it shows at once
+    if resume:
+        trainer = AdapterTrainer.resume(places.state, network.old, settings, where)
+    else:
+        trainer = AdapterTrainer(network.old, settings, where)
+    clips, notes = _clips(files, shape, _Models.load(source, weights, dtype, device), seed)
+    network.to(where)
+    _train(Training(trainer, clips, network.features), places, steps, notes)
+
+
+def _train(training: Training, places: "_Places", steps: int, notes: list[str]) -> None:
+    trainer, began = training.trainer, time.monotonic()
+    with _bar("training", max(0, steps - trainer.steps) + HELD_OUT) as (bar, task):
+        try:
+            while trainer.steps < steps:
+                loss = training.step()
+                bar.update(task, advance=1, description=f"loss {loss:.4g}")
+                if trainer.steps % CHECKPOINT_EVERY == 0:
+                    trainer.save(places.state)
+        except ValueError as error:  # the loss is not finite
+            raise UserError(str(error)) from error
+        finally:
+            if trainer.steps > training.first:
+                trainer.save(places.state)
+        tuned = trainer.result()
+        before, after = training.compare(tuned, lambda: bar.advance(task))
+    save_adapter(places.adapter, tuned - trainer.old, training.texts(before, after))
+    draw_losses(trainer.losses, training.title(places.adapter.stem, before, after)).save(places.curve)
+    where = f"adapter {places.adapter}\nstate {places.state}\nloss curve {places.curve}"
+    report = training.report(before, after, time.monotonic() - began, where, notes)
+    out.print("\n".join(report), markup=False, soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    adapter: Path
+    state: Path
+    curve: Path
+
+
+def _places(output: Path, *, resume: bool, overwrite: bool) -> _Places:
+    if output.suffix.lower() != ".safetensors":
+        raise UserError(f"{output} is not the name of an adapter: end it in .safetensors.")
+    places = _Places(adapter=output, state=output.with_suffix(".state.safetensors"), curve=output.with_suffix(".png"))
+    resuming = resume and places.state.exists()
+    if resume and not resuming:
+        raise UserError(
+            f"There is no {places.state} to go on with: leave --resume out, or give the -o of that training."
+        )
+    check_outputs((places.adapter, places.state, places.curve), overwrite=overwrite or resuming)
+    return places
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give one with videos, or with latent files that encode wrote.")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (*VIDEOS, LATENTS) and file.is_file())
+    if not files:
+        raise UserError(
+            f"{folder} holds neither videos ({', '.join(VIDEOS)}) nor latent files ({LATENTS}); folders in it are not "
+            "searched."
+        )
+    return files
+
+
+def _fingerprint(files: list[Path], shape: "_Shape") -> str:
+    told = [[file.name, file.stat().st_size] for file in files]
+    return hashlib.sha256(json.dumps([told, shape.frames, shape.width, shape.height]).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------ clips
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """Frames of a clip at most, and the size that videos are brought to."""
+
+    frames: int
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        if self.width % _UNIT or self.height % _UNIT:
+            raise UserError(
+                f"The size is {self.width}x{self.height}; SVD is trained on multiples of {_UNIT}, such as 1024x576 or "
+                "512x320."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Models:
+    """What makes clips of files. image_vae: SVD's own, None where it is not at hand and `vae` takes its part."""
+
+    vae: VideoVAE
+    encoder: "ImageEncoder"
+    image_vae: "ImageVAE | None"
+
+    @classmethod
+    def load(cls, svd: Path, weights: str, dtype: DType, device: str) -> "_Models":
+        from ..svd_diffusers import load_image_encoder, load_image_vae
+
+        where, _ = device_and_dtype(dtype, device)
+        vae = load_weights(weights, dtype, device)
+        if (vae.family, vae.info.latent_channels) != ("cv-vae", OUTPUTS):
+            raise UserError(
+                f"{weights} is {vae.family} with {vae.info.latent_channels} latent channels, and SVD works on those of "
+                f"cv-vae with {OUTPUTS}; name a CV-VAE such as vae3d_v1-1 with --weights."
+            )
+        image_vae = load_image_vae(svd, where)
+        if image_vae is None:
+            note("the CV-VAE makes SVD's picture of each first frame; a folder of SVD with its vae would do it itself.")
+        return cls(vae=vae, encoder=load_image_encoder(svd, where), image_vae=image_vae)
+
+    def image(self, picture: Tensor) -> Tensor:
+        """(1, h, w, 3) around 0..1 to (1, 4, h/8, w/8)."""
+        if self.image_vae is not None:
+            return self.image_vae.encode(picture)
+        return self.vae.encode(picture.movedim(-1, 1).unsqueeze(2).mul(2).sub(1)).float().cpu()[:, :, 0]
+
+
+def _clips(files: list[Path], shape: _Shape, models: _Models, seed: int) -> tuple[list[TrainingClip], list[str]]:
+    """All clips of `files`, and sentences on what was left out."""
+    clips: list[TrainingClip] = []
+    notes: list[str] = []
+    with _bar("encoding", len(files)) as (bar, task):
+        for file in files:
+            bar.update(task, description=file.name)
+            make = _of_latent if file.suffix.lower() == LATENTS else _of_video
+            before = len(clips)
+            for z, first, rate in make(file, shape, models.vae):
+                level, noisy = augmented(first, seed, len(clips))
+                clips.append(
+                    TrainingClip(
+                        name=f"{file.name} #{len(clips) - before + 1}",
+                        x0=z * LATENT_SCALE,
+                        image=models.image(noisy),
+                        seen=models.encoder.see(first),
+                        rate=max(1, round(rate / TIME)),
+                        augmentation=level,
+                    )
+                )
+            if len(clips) == before:
+                notes.append(f"{file.name} is left out: it has fewer than {_FEWEST} frames")
+            bar.advance(task)
+    if not clips:
+        raise UserError(f"No clip can be trained on: every file has fewer than {_FEWEST} frames. Add longer ones.")
+    return clips, notes
+
+
+def _of_video(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """(latent (t, 4, h, w), first frame (1, h, w, 3) in 0..1, frames per second) of each clip, one after another."""
+    from ..evaluation.protocols import cover
+
+    info = probe(file)
+    total = len(frame_times(file)) or info.expected_frames or 0
+    count = (min(shape.frames, total) - 1) // TIME * TIME + 1
+    if count < _FEWEST:
+        return
+    pictures = (frame for piece in read_frames(file) for frame in piece.split(1, dim=2))
+    for _ in range(total // count):
+        scaled = [cover(frame, (shape.height, shape.width)) for frame in itertools.islice(pictures, 1)]
+        more = (cover(frame, (shape.height, shape.width)) for frame in itertools.islice(pictures, count - 1))
+        z = torch.cat(list(vae.encode_stream(itertools.chain(scaled, more))), dim=2)  # 1 c t h w
+        yield _frames_first(z), _picture(scaled[0]), float(info.fps)
+
+
+def _of_latent(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """The beginning of a latent file; its first frame is decoded."""
+    opened = open_latent(file)
+    if (opened.meta.family, opened.shape[1]) != ("cv-vae", OUTPUTS):
+        raise UserError(
+            f"{file} is a latent of {opened.meta.family} with {opened.shape[1]} channels, and SVD works on those of "
+            f"cv-vae with {OUTPUTS}: encode the video with CV-VAE, or take the file out of the folder."
+        )
+    height, width = opened.shape[-2:]
+    if height % (_UNIT // SPACE) or width % (_UNIT // SPACE):
+        raise UserError(
+            f"{file} is a latent of {width * SPACE}x{height * SPACE} pixels; SVD is trained on multiples of {_UNIT}, "
+            "such as 1024x576: scale the video before it is encoded."
+        )
+    count = min(opened.shape[2], latent_frames(shape.frames))
+    if count < 2:
+        return
+    z = opened.read(0, count).float()
+    yield _frames_first(z), _picture(vae.decode(z[:, :, :1])), float(opened.meta.fps)
+
+
+def _frames_first(z: Tensor) -> Tensor:
+    return z[0].movedim(1, 0).float().cpu()
+
+
+def _picture(frame: Tensor) -> Tensor:
+    """(1, 3, 1, h, w) in -1..1 to (1, h, w, 3) in 0..1."""
+    return frame[:, :, 0].movedim(1, -1).float().cpu().add(1).div(2).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def _source(svd: Path, dtype: DType, device: str) -> tuple[Path, torch.device, torch.dtype]:
+    if not svd.exists():
+        raise UserError(f"--svd {svd} is not there; give svd_xt.safetensors, or a folder of SVD from Hugging Face.")
+    where, kind = device_and_dtype(dtype, device)
+    return svd, where, kind
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("diffusers") is None:
+        raise UserError("This command needs diffusers, which is not installed: pip install 'cviv-vae[svd]'")
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Generator[tuple[Progress, TaskID], None, None]:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        yield bar, bar.add_task(what, total=total)
