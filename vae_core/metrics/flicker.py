@@ -1,19 +1,14 @@
 """Flicker: what moves in a reconstruction and not in its original. In levels of 0 to 255, frame by frame."""
 
-import importlib
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ..motion import LEVELS, optical_flow, warp
 from .frames import check_pair
 
-LEVELS = 255.0
 OCCLUDED_PIXELS = 1.0  # forward and backward flow that differ by more say that a pixel has no counterpart
 
 
@@ -84,26 +79,6 @@ class WarpMeter:
         return _mean(self.ours), _mean(self.theirs)
 
 
-def optical_flow(source: Tensor, target: Tensor) -> Tensor:
-    """Where each pixel of `source` lies in `target`, as a shift (2, h, w) in pixels, x first. Both (3, h, w), 0..255.
-
-    A frame with a side below 16 pixels has no flow: zeros. Raises ModuleNotFoundError without OpenCV.
-    """
-    if min(source.shape[-2:]) < 16:
-        return torch.zeros(2, *source.shape[-2:])
-    cv2: Any = importlib.import_module("cv2")
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    return torch.from_numpy(flow.calc(_grey(source), _grey(target), None)).permute(2, 0, 1)
-
-
-def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """(c, h, w): `image` at the places that `flow` (2, h, w) points to, bilinear, the edge repeated."""
-    height, width = image.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack([2 * (x + flow[0]) / max(width - 1, 1) - 1, 2 * (y + flow[1]) / max(height - 1, 1) - 1], -1)
-    return F.grid_sample(image[None], places[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
-
-
 def visible(back: Tensor, there: Tensor) -> Tensor:
     """(h, w) bool: pixels whose flow there and back returns to where it began, within a pixel, and inside the frame."""
     height, width = back.shape[-2:]
@@ -116,11 +91,6 @@ def visible(back: Tensor, there: Tensor) -> Tensor:
 def _levels(video: Tensor) -> list[Tensor]:
     """Frames (3, h, w), 0..255, not rounded, on the CPU."""
     return list((video.detach().float().clamp(-1, 1).cpu() + 1).mul(LEVELS / 2)[0].unbind(1))
-
-
-def _grey(frame: Tensor) -> NDArray[np.uint8]:
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    return (frame * weights).sum(0).round().clamp(0, LEVELS).byte().contiguous().numpy()
 
 
 def _masked(difference: Tensor, seen: Tensor) -> float:
