@@ -60,6 +60,10 @@ class LPIPS(nn.Module):
     @torch.no_grad()
     def forward(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """(b,) distances of two batches (b, 3, h, w) in [-1, 1]."""
+        return self.distances(ours, theirs)
+
+    def distances(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """The same with a gradient, for training."""
         x = (torch.cat([ours, theirs]) - self.get_buffer("shift")) / self.get_buffer("scale")
         total = x.new_zeros(len(ours))
         heads = iter(self.heads)
@@ -68,7 +72,7 @@ class LPIPS(nn.Module):
             if index in self.taps:
                 unit = x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()
                 a, b = unit.chunk(2)
-                total += next(heads)((a - b).square()).mean((1, 2, 3))
+                total = total + next(heads)((a - b).square()).mean((1, 2, 3))
         return total
 
     def frames(self, reconstruction: Tensor, original: Tensor) -> Tensor:

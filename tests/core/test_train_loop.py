@@ -1,0 +1,308 @@
+"""The training loop, run for real on very small models: going on after a stop, many processes, and what is written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+import vae_core
+from vae_core.cli.app import app
+from vae_core.training.checkpoint import Checkpoints, TrainingError, read_checkpoint
+from vae_core.training.clips import BatchKind
+from vae_core.training.coders import ImageCoder
+from vae_core.training.config import (
+    DataConfig,
+    DiscriminatorConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RegularizationConfig,
+    TrainConfig,
+    ValidationConfig,
+    read_config,
+)
+from vae_core.training.image_vae import CVImageConfig, CVImageVAE
+from vae_core.training.journal import read_log, sample_grid
+from vae_core.training.loop import FINAL, Trainer
+
+from .small_training import SIDE, Squares, small_config, watching
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _same(a: Path, b: Path) -> None:
+    """Assert that two checkpoints hold the same bits, but for the folder they were written to."""
+    first, second = read_checkpoint(a), read_checkpoint(b)
+    first["config"].pop("out"), second["config"].pop("out")
+
+    def compare(x: Any, y: Any, name: str) -> None:
+        assert type(x) is type(y), name
+        if isinstance(x, dict):
+            assert list(x) == list(y), name
+            for key in x:
+                compare(x[key], y[key], f"{name}.{key}")
+        elif isinstance(x, list):
+            assert len(x) == len(y)
+            for i, (p, q) in enumerate(zip(x, y, strict=True)):
+                compare(p, q, f"{name}[{i}]")
+        else:
+            assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, name
+
+    compare(first, second, "")
+
+
+def _image_file(folder: Path) -> str:
+    torch.manual_seed(3)
+    path = folder / "image.safetensors"
+    ImageCoder(CVImageVAE(CVImageConfig(widths=(32, 32, 32, 32), blocks_per_level=1, latent_channels=4))).save(path)
+    return str(path)
+
+
+def test_a_stopped_and_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path) -> None:
+    def config(name: str) -> TrainConfig:
+        return small_config(
+            tmp_path / name,
+            regularization=RegularizationConfig(image_vae=_image_file(tmp_path), mapping="random"),
+            discriminator=DiscriminatorConfig(start=2, width=32),
+            run=replace(small_config(tmp_path).run, accumulation=2),
+        )
+
+    assert Trainer(config("whole"), CPU, Squares(1, 5)).run(watching())
+    assert not Trainer(config("parts"), CPU, Squares(1, 5)).run(watching(stop_at=3))
+    torch.manual_seed(99)  # nothing may depend on it
+    second = Trainer(config("parts"), CPU, Squares(1, 5))
+    second.resume()
+    assert second.step == 3
+    assert second.run(watching())
+    _same(tmp_path / "whole/checkpoints/step_00000006.ckpt", tmp_path / "parts/checkpoints/step_00000006.ckpt")
+    assert read_log(tmp_path / "whole/log.jsonl") == read_log(tmp_path / "parts/log.jsonl")
+    whole, parts = (vae_core.load(tmp_path / name / FINAL).model.state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    steps = read_log(tmp_path / "whole/log.jsonl")
+    assert ["discriminator" in line for line in steps] == [False, False, True, False, True, False]
+    assert {"adversarial", "adaptive_weight", "decoder_regularization", "nll", "kl"} <= steps[-1].keys()
+    kept = sorted(path.name for path in (tmp_path / "whole/checkpoints").iterdir())
+    assert kept == [f"step_0000000{n}.{kind}" for n in (4, 6) for kind in ("ckpt", "safetensors")]
+
+
+@pytest.mark.parametrize("family", ["cv-vae", "iv-vae"])
+@pytest.mark.parametrize("stage", ["image", "video"])
+def test_a_few_steps_lower_the_error(stage: str, family: str, tmp_path: Path) -> None:
+    size = {"widths": (32, 32, 32, 32), "blocks_per_level": 1} if family == "cv-vae" else {"dim": 4, "halves": 2}
+    config = small_config(
+        tmp_path,
+        stage=stage,
+        model=ModelConfig(family=family, init="fresh", latent_channels=4, **size),
+        data=DataConfig(batches=(BatchKind(kind="image", batch=1, size=(SIDE, SIDE)),), sources=("none",)),
+        loss=LossConfig(lpips_weight=0.0, kl_weight=0.1),
+        optimizer=OptimizerConfig(learning_rate=0.01, kind="muon", warm_up=2),
+        run=replace(small_config(tmp_path).run, steps=16, save_every=100, checkpointing=True, ema=0.0),
+    )
+    seen: list[Mapping[str, float]] = []
+    Trainer(config, CPU, Squares(1, 5 if stage == "video" else 1, again=True)).run(watching(seen=seen))
+    for name in ("l1", "nll", "total"):
+        values = [figures[name] for figures in seen]
+        assert sum(values[-4:]) < 0.8 * sum(values[:4]), name
+    if stage == "video":
+        assert vae_core.load(tmp_path / FINAL).family == family
+    else:  # what the image stage writes is what inflation takes
+        inflated = replace(
+            config,
+            stage="video",
+            model=ModelConfig(family=family, init="inflate", weights=(str(tmp_path / FINAL),)),
+            out=tmp_path / "inflated",
+            run=replace(config.run, steps=0),
+        )
+        assert Trainer(inflated, CPU, Squares(1, 5)).run(watching())
+        begun = replace(config, model=ModelConfig(family=family, init="weights", weights=(str(tmp_path / FINAL),)))
+        still = torch.rand(1, 3, 1, 16, 16) * 2 - 1
+        found = vae_core.load(tmp_path / "inflated" / FINAL).moments(still)[0]
+        assert torch.allclose(found, Trainer(begun, CPU, Squares(1, 1)).coder.moments(still)[0], atol=1e-4)
+
+
+def test_values_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
+    trainer = Trainer(small_config(tmp_path), CPU, Squares(1, 5, poisoned_at=4))
+    with pytest.raises(TrainingError, match=r"Step 5 gave .*l1.* checkpoint is .*step_00000004.ckpt: go on"):
+        trainer.run(watching())
+    for _, path in trainer.checkpoints.all():
+        state = read_checkpoint(path)
+        assert all(torch.isfinite(tensor).all() for tensor in state["trained"].values())
+    first = Trainer(small_config(tmp_path / "at once"), CPU, Squares(1, 5, poisoned_at=0))
+    with pytest.raises(TrainingError, match=r"Step 1 gave .*There is none yet, with a smaller rate \(--set optimizer"):
+        first.run(watching())
+    assert all(torch.isfinite(parameter).all() for parameter in first.trained.parameters())
+
+
+def test_validation_and_samples_are_written(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path,
+        regularization=RegularizationConfig(image_vae=_image_file(tmp_path)),
+        validation=ValidationConfig(sources=("demo-clip",), size=(16, 24), frames=5, clips=2, every=4),
+        run=replace(small_config(tmp_path).run, steps=4),
+    )
+    told: list[int] = []
+    watch = replace(watching(), validation=lambda done, figures: told.append(done))
+    Trainer(config, CPU, Squares(1, 5)).run(watch)
+    assert told == [0, 4]
+    lines = [line for line in read_log(tmp_path / "log.jsonl") if line["group"] == "validation"]
+    assert {"psnr", "ssim", "compatible_psnr", "latent_mean", "latent_deviation"} <= lines[0].keys()
+    with Image.open(tmp_path / "samples/step_00000004.png") as image:
+        assert image.size == (5 * 24, 6 * 16)  # two clips: original, reconstruction, frozen decoder
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_grid_spreads_short_clips_under_long_ones() -> None:
+    long = torch.linspace(-1, 1, 9).view(1, 9, 1, 1).expand(3, 9, 2, 2)
+    short = torch.tensor([-0.5, 0.5]).view(1, 2, 1, 1).expand(3, 2, 2, 2)
+    grid = sample_grid([long, short])
+    assert grid.shape == (3, 4, 12)
+    assert grid[0, 0, ::2].tolist() == pytest.approx([-1, -0.5, -0.25, 0.25, 0.5, 1], abs=0.26)
+    assert grid[0, 2, ::2].tolist() == [-0.5, -0.5, -0.5, 0.5, 0.5, 0.5]
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_that_cannot_be_finished_leaves_the_old_ones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(folder=tmp_path, keep=1)
+    checkpoints.save(1, {"x": torch.ones(2)})
+    with pytest.raises((AttributeError, TypeError)):
+        checkpoints.save(2, {"x": lambda: 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001.ckpt"]
+    assert torch.equal(read_checkpoint(checkpoints.save(10, {"x": torch.zeros(2)}))["x"], torch.zeros(2))
+    assert checkpoints.all() == [(10, tmp_path / "step_00000010.ckpt")]
+    (tmp_path / "step_00000010.ckpt").write_bytes(b"cut off")
+    with pytest.raises(TrainingError, match=r"step_00000010.ckpt is no checkpoint .* Remove it to go on from the one"):
+        read_checkpoint(tmp_path / "step_00000010.ckpt")
+
+
+def test_resuming_what_does_not_fit_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(TrainingError, match=r"no checkpoint in .*checkpoints to resume from: leave --resume out"):
+        Trainer(small_config(tmp_path), CPU, Squares(1, 5)).resume()
+    Trainer(small_config(tmp_path, run=replace(small_config(tmp_path).run, steps=2)), CPU, Squares(1, 5)).run(
+        watching()
+    )
+    wider = replace(small_config(tmp_path).model, latent_channels=8)
+    with pytest.raises(TrainingError, match=r"step_00000002.ckpt does not fit this config .* another folder"):
+        Trainer(small_config(tmp_path, model=wider), CPU, Squares(1, 5)).resume()
+    caplog.clear()
+    Trainer(small_config(tmp_path, seed=5), CPU, Squares(1, 5)).resume()
+    assert "step_00000002.ckpt was written with run.steps: 2, now 6." in caplog.text
+    assert "seed: 0, now 5" in caplog.text
+
+
+def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
+    model = ModelConfig(family="cv-vae", init="weights", weights=("demo-iv-vae",))
+    with pytest.raises(ValueError, match=r"scale_factor|holds a iv-vae, and model.family is cv-vae"):
+        Trainer(small_config(tmp_path, model=model), CPU, Squares(1, 5))
+
+
+# ------------------------------------------------------------------------------------------------ as a command
+
+COMMAND = """
+stage = "video"
+seed = 1
+[model]
+family = "cv-vae"
+init = "fresh"
+latent_channels = 4
+widths = [32, 32, 32, 32]
+blocks_per_level = 1
+[data]
+camera_moves = { procedural = 1 }
+[[data.batches]]
+kind = "video"
+batch = 2
+size = [16, 16]
+frames = 5
+[[data.batches]]
+kind = "image"
+batch = 2
+size = [16, 16]
+[loss]
+lpips_weight = 0
+[discriminator]
+start = 1
+width = 32
+[optimizer]
+learning_rate = 1e-3
+warm_up = 1
+[run]
+steps = 6
+device = "cpu"
+precision = "float32"
+save_every = 100
+"""
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(vae_core.__file__).parents[1])}
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    family = "iv-vae"  # of which images leave some layers without a gradient
+    script, torchrun = str(Path(__file__).parent / "small_training.py"), ("-m", "torch.distributed.run", "--standalone")
+    runs = {
+        "one": [sys.executable, script, str(tmp_path / "one"), family, "2"],
+        "two": [sys.executable, *torchrun, "--nproc-per-node", "2", script, str(tmp_path / "two"), family, "2"],
+    }
+    started = [subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE) for command in runs.values()]
+    for process in started:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors.decode()
+    one, two = (read_checkpoint(tmp_path / name / "checkpoints/step_00000004.ckpt") for name in runs)
+    for part in ("trained", "averaged", "discriminator"):
+        for name, tensor in one[part].items():
+            assert tensor.dtype in (torch.float64, torch.int64), name
+            assert torch.allclose(tensor, two[part][name], rtol=0, atol=1e-9), f"{part}.{name}"
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in runs]
+    for first, second in zip(*logs, strict=True):
+        assert first.pop("group") == second.pop("group")
+        assert first == pytest.approx(second, rel=1e-5, abs=1e-6)  # the log has float32
+    assert {"discriminator", "adaptive_weight"} <= logs[0][1].keys() | logs[0][2].keys()
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_same(tmp_path: Path) -> None:
+    config = tmp_path / "stage.toml"
+    config.write_text(COMMAND)
+    command = ["train", str(config), "--set", f"out={tmp_path / 'parts'}"]
+    program = [sys.executable, "-m", "vae_core", *command]
+    stopped = subprocess.Popen(
+        program, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert stopped.stdout is not None
+    assert "from step 0 to 6 on cpu" in stopped.stdout.readline() + stopped.stdout.readline()
+    stopped.send_signal(signal.SIGTERM)
+    _, errors = stopped.communicate(timeout=600)
+    assert stopped.returncode == 128 + signal.SIGTERM, errors
+    assert "with --resume" in errors
+    ((step, _),) = Checkpoints(folder=tmp_path / "parts/checkpoints", keep=1).all()
+    assert step < 6
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 2
+    assert "holds a run already" in again.stderr
+    resumed = CliRunner().invoke(app, [*command, "--resume"])
+    assert resumed.exit_code == 0, resumed.stderr
+    whole = read_config(config, [f"out={tmp_path / 'whole'}"])
+    assert Trainer(whole, CPU).run(watching())
+    _same(tmp_path / "whole/checkpoints/step_00000006.ckpt", tmp_path / "parts/checkpoints/step_00000006.ckpt")

@@ -1,0 +1,394 @@
+"""What a training run is told: one TOML file for each stage, read strictly into frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from ..windows import SPACE, latent_frames, pixel_frames
+from .clips import BatchKind
+from .losses import Distance
+from .regularization import Mapping as FrameMapping
+
+T = TypeVar("T")
+Table = dict[str, Any]
+CV_LONGEST = 17  # frames that CV-VAE handles in one call
+
+
+class ConfigError(ValueError):
+    """A training config says something that cannot be carried out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained, and from where.
+
+    init: "fresh" draws weights; "weights" takes `weights`, a file of this stage's model or demo-cv-vae, demo-iv-vae;
+    "inflate" (video only) makes the video VAE of the image VAE `weights`, or for iv-vae of two of them.
+    widths, blocks_per_level, latent_channels (cv-vae, cv-vae-sd3) and dim, latent_channels, halves (iv-vae; halves for
+    the image stage only) are the size where init is "fresh"; otherwise the weights say it.
+    scale_factor, shift_factor: of IV-VAE's latents, kept in the file that is written; otherwise those of the weights,
+    or 1 and 0.
+    """
+
+    family: Literal["cv-vae", "cv-vae-sd3", "iv-vae"]
+    init: Literal["fresh", "weights", "inflate"]
+    weights: tuple[str, ...] = ()
+    widths: tuple[int, ...] | None = None
+    blocks_per_level: int | None = None
+    latent_channels: int | None = None
+    dim: int | None = None
+    halves: Literal[1, 2] | None = None
+    scale_factor: float | None = None
+    shift_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        size = ("dim", "latent_channels") if self.family == "iv-vae" else _CV_SIZE
+        missing = [name for name in size if getattr(self, name) is None]
+        if self.init == "fresh" and missing:
+            raise ValueError(f"init is 'fresh', and {', '.join(missing)} must say the size of the {self.family}.")
+        most = 2 if self.family == "iv-vae" and self.init == "inflate" else 1
+        if self.init != "fresh" and not 1 <= len(self.weights) <= most:
+            raise ValueError(
+                f"init is '{self.init}', which needs {'one or two files' if most == 2 else 'one file'} in weights; "
+                f"got {len(self.weights)}."
+            )
+
+
+_CV_SIZE = ("widths", "blocks_per_level", "latent_channels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraMovesConfig:
+    """Training pictures without a data set: a camera moves over procedural images, and over photographs if given.
+
+    procedural: how many images to draw. photographs: a folder of pictures of at least 96 x 96 pixels.
+    """
+
+    procedural: int
+    photographs: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on: `sources` (folders, CSV files, WebDataset shards) or `camera_moves`.
+
+    batches: the mixture; each is of one kind and size, and is taken in proportion to its weight.
+    workers: processes that decode; 0 decodes in the training process.
+    """
+
+    batches: tuple[BatchKind, ...]
+    sources: tuple[str, ...] = ()
+    camera_moves: CameraMovesConfig | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.sources) == (self.camera_moves is not None):
+            raise ValueError("give either sources (folders, CSV files, WebDataset shards) or a table camera_moves.")
+        if not self.batches or self.workers < 0:
+            raise ValueError("at least one table [[data.batches]] is needed, and workers of 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Reconstruction and KL. Published: l1, lpips_weight 0.5.
+
+    kl_weight: on the KL summed over a clip's latent volume, beside a likelihood summed over a frame's pixels. The
+    published config prints 1.0; the practice of latent diffusion models, and the default here, is 1e-6.
+    lpips: a file of VGG-16 or AlexNet; without it torch's cache is looked through. lpips_weight 0 needs no file.
+    """
+
+    reconstruction: Distance = "l1"
+    lpips_weight: float = 0.5
+    lpips: Path | None = None
+    kl_weight: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.lpips_weight < 0 or self.kl_weight < 0:
+            raise ValueError("lpips_weight and kl_weight must be 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegularizationConfig:
+    """Latent-space regularization by the frozen image VAE `image_vae`. Published: decoder 1, encoder 0, random.
+
+    image_vae: a file or folder of an image VAE, or weights of a video VAE, which then is used frame by frame.
+    decoder, encoder: weights of the two terms. mapping: which frames stand for the latents.
+    """
+
+    image_vae: str
+    decoder: float = 1.0
+    encoder: float = 0.0
+    mapping: FrameMapping = "random"
+
+    def __post_init__(self) -> None:
+        if min(self.decoder, self.encoder) < 0 or self.decoder + self.encoder == 0:
+            raise ValueError(
+                "decoder and encoder must be 0 or more, and one of them above 0; leave the table out else."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """The adversarial loss. Published: weight 0.5, width 64. Before step `start` there is none."""
+
+    start: int = 0
+    weight: float = 0.5
+    width: int = 64
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.weight <= 0:
+            raise ValueError("start must be 0 or more and weight above 0; leave the table out to train without.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW under a cosine with warm-up, as published; `kind` "muon" orthogonalises the momentum of kernels.
+
+    With "muon" (Jordan et al. 2024), learning_rate is that of the kernels and everything else has AdamW at a fifth.
+    least: the share of the learning rate that the cosine ends at.
+    """
+
+    learning_rate: float
+    kind: Literal["adamw", "muon"] = "adamw"
+    warm_up: int = 1000
+    least: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-4
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.clip <= 0 or self.warm_up < 0 or not 0 <= self.least <= 1:
+            raise ValueError("learning_rate and clip must be above 0, warm_up 0 or more, least from 0 to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, how precisely, and what is written when (all in steps).
+
+    steps: 0 writes the initial weights and ends, which is how a VAE is only inflated. accumulation: batches for one
+    step. ema: share that the moving average of the weights keeps at each step; 0 for none. keep: how many checkpoints
+    stay. checkpointing: compute activations again in the backward pass; a third slower, and far less memory.
+    """
+
+    steps: int
+    device: str = "auto"
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    checkpointing: bool = True
+    accumulation: int = 1
+    ema: float = 0.999
+    save_every: int = 1000
+    keep: int = 3
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or min(self.accumulation, self.save_every, self.keep, self.log_every) < 1:
+            raise ValueError("steps must be 0 or more; accumulation, save_every, keep and log_every 1 or more.")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema:g}; needed is 0 (none) or a share below 1, such as 0.999.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Clips that are never trained on: PSNR, SSIM and sample grids every `every` steps.
+
+    sources: as in [data], or demo-clip, the bundled one. clips: how many. size: (height, width) of the crop.
+    """
+
+    sources: tuple[str, ...]
+    size: tuple[int, int]
+    every: int
+    frames: int = 17
+    clips: int = 8
+    short_side: int | None = None
+
+    def __post_init__(self) -> None:
+        check_clip(self.frames, self.size)
+        if self.every < 1 or self.clips < 1:
+            raise ValueError("every and clips must be 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage: `out` is the folder that everything is written to."""
+
+    stage: Literal["image", "video"]
+    out: Path
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+    seed: int = 0
+    regularization: RegularizationConfig | None = None
+    discriminator: DiscriminatorConfig | None = None
+    validation: ValidationConfig | None = None
+
+    def __post_init__(self) -> None:
+        longest = max(batch.frames for batch in self.data.batches)
+        if self.validation is not None:
+            longest = max(longest, self.validation.frames)
+        if self.stage == "image" and (longest > 1 or self.regularization is not None or self.model.init == "inflate"):
+            raise ValueError(
+                "stage is 'image', which has frames = 1 everywhere, no [regularization] and no init = 'inflate'; "
+                "these belong to stage 'video'."
+            )
+        if self.model.family != "iv-vae" and longest > CV_LONGEST:
+            raise ValueError(
+                f"{self.model.family} handles {CV_LONGEST} frames in one call, and the longest clips have {longest}: "
+                f"use 1, 5, 9, 13 or {CV_LONGEST} frames."
+            )
+
+
+def check_clip(frames: int, size: tuple[int, int]) -> None:
+    """Raise ValueError unless there are 1 + 4N frames and both sides are multiples of 8."""
+    if (
+        frames != pixel_frames(latent_frames(frames))
+        or frames < 1
+        or any(side < SPACE or side % SPACE for side in size)
+    ):
+        raise ValueError(
+            f"clips of {frames} frames of {size[0]} x {size[1]} cannot be encoded: use 1, 5, 9, 13 or 17 frames and "
+            "sides that are multiples of 8."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config in a TOML file, with `overrides` such as "run.steps=100" in place of what stands there.
+
+    Raises ConfigError, which names the file and the key, for a file or an override that is not understood.
+    """
+    try:
+        table = _parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the encoding or of TOML
+        raise ConfigError(f"{path} is not TOML: {error}.") from error
+    for text in overrides:
+        _override(table, text)
+    return from_table(TrainConfig, table, str(path))
+
+
+def _parse(text: str) -> Table:
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        return tomllib.loads(text)
+    import tomli  # pyright: ignore[reportMissingImports]
+
+    return tomli.loads(text)
+
+
+def as_table(config: object) -> Table:
+    """A config as plain values, as they can be kept in a checkpoint."""
+    return cast("Table", _plain(dataclasses.asdict(cast("Any", config))))
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line for every key in which two tables of `as_table` differ, such as "run.steps: 100, now 200"."""
+    lines: list[str] = []
+    for name in [*now, *(name for name in before if name not in now)]:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes(cast("Table", old), cast("Table", new), f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: {old}, now {new}")
+    return lines
+
+
+def from_table(cls: type[T], table: Mapping[str, Any], where: str, section: str = "") -> T:
+    """The dataclass `cls` from a TOML table: no key too many, none too few, each of its declared type.
+
+    Raises ConfigError, whose text begins with `where`, names the section and the key, and says what is allowed.
+    """
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cast("Any", cls))}
+    here = f"{where}: [{section}]" if section else f"{where}:"
+    unknown = [name for name in table if name not in fields]
+    if unknown:
+        raise ConfigError(f"{here} has no key {unknown[0]!r}. Allowed are {', '.join(fields)}.")
+    missing = [name for name, field in fields.items() if _is_required(field) and name not in table]
+    if missing:
+        raise ConfigError(f"{here} needs {', '.join(missing)}. Allowed are {', '.join(fields)}.")
+    inside = f"{section}." if section else ""
+    values = {name: _value(hints[name], value, where, f"{inside}{name}") for name, value in table.items()}
+    try:
+        return cast("Any", cls)(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{here} {error}") from error
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _value(hint: object, value: object, where: str, name: str) -> object:
+    """`value` as the type `hint`. Raises ConfigError for any other."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _value(inner, value, where, name)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{where}: {name} is {value!r}; allowed are {', '.join(map(repr, arguments))}.")
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_table(cast("type[object]", hint), cast("Table", value), where, name)
+    if origin is tuple and isinstance(value, list):
+        items = cast("list[object]", value)
+        if arguments[-1] is Ellipsis or len(items) == len(arguments):
+            return tuple(_value(arguments[0], item, where, name) for item in items)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint in (str, int, bool) and type(value) is hint:
+        return value
+    raise ConfigError(f"{where}: {name} is {value!r}; needed is {_words(hint)}.")
+
+
+def _words(hint: object) -> str:
+    if get_origin(hint) is tuple:
+        arguments = get_args(hint)
+        count = "a list" if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
+        return f"{count}, each {_words(arguments[0])}"
+    known: dict[object, str] = {
+        str: "a text in quotes", Path: "a path in quotes", int: "a whole number", float: "a number",
+        bool: "true or false",
+    }  # fmt: skip
+    return known.get(hint, "a table")
+
+
+def _override(table: Table, text: str) -> None:
+    """Put one "section.key=value" into `table`; the value is TOML, or a text without quotes."""
+    key, equals, value = text.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not all((*sections, last)):
+        raise ConfigError(f"--set {text} is not understood: write section.key=value, such as run.steps=100.")
+    for section in sections:
+        inner: object = table.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {text}: {section} is no table of the config.")
+        table = cast("Table", inner)
+    try:
+        table[last] = _parse(f"value = {value}")["value"]
+    except ValueError:
+        table[last] = value.strip()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in cast("Table", value).items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in cast("Sequence[object]", value)]
+    return str(value) if isinstance(value, Path) else value
