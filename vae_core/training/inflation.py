@@ -2,61 +2,222 @@
 
 A 3-D kernel starts from the image VAE's 2-D kernel at one time tap, zeros elsewhere: the last tap where time is causal
 (CV-VAE's encoder), the centre tap elsewhere. What has no counterpart in the image VAE starts so that still frames pass.
+A frozen copy of the video VAE, run on single frames, then stands for the image VAE.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..checkpoints import official_state
+from ..checkpoints import load, official_state
+from ..codec import VideoVAE
 from ..cv_vae import CVVAE, CVVAEConfig
+from ..detect import Family
 from ..iv_vae import IVVAE, IVVAEConfig
-from ..keys import key_map
+from ..keys import key_map, official
+from .image_weights import OUR_EPS, CVImageWeights, InflationError, IVImageWeights, Weights, read_image_vae
 
-Weights = Mapping[str, Tensor]
+_DROPPED = 3  # directions of an attention's output that `_through_time` cannot pass
+_HEADROOM = 256.0  # how far its constant pair stands above what it passes: the error is 1 / (2 * _HEADROOM)^2
+_PAIR_LIMIT = 2.0**15  # of the pair, for float16
 
 
-class InflationError(ValueError):
-    """The image weights do not fit the video VAE that they are to become."""
+@dataclass(frozen=True, kw_only=True)
+class Inflated:
+    """A video VAE made of one or two image VAEs, and in which ways it is not quite the same on still frames."""
+
+    vae: VideoVAE
+    notes: tuple[str, ...]
+
+
+def inflate(sources: Sequence[str | Path | Weights], family: Family | None = None) -> Inflated:
+    """The video VAE of one image VAE, or, for IV-VAE, of one or of two of z/2 channels.
+
+    sources: files, folders or state dicts, see `read_image_vae`. family: None is `cv-vae` for the Stable Diffusion
+    kind and `iv-vae` for `IVImageVAE`. What the image VAE has no weights for is drawn, always the same.
+    Raises InflationError where sources and family do not go together; CheckpointError where a file cannot be read.
+    """
+    images = [read_image_vae(source) for source in sources]
+    cv = [image for image in images if isinstance(image, CVImageWeights)]
+    iv = [image for image in images if isinstance(image, IVImageWeights)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if len(cv) == 1 and not iv and family != "iv-vae":
+            return _inflated_cv(cv[0], sd3=family == "cv-vae-sd3")
+        if iv and not cv and family in (None, "iv-vae"):
+            return _inflated_iv(iv)
+    kinds = ", ".join("of the Stable Diffusion kind" if isinstance(image, CVImageWeights) else "an IVImageVAE"
+                      for image in images)  # fmt: skip
+    raise InflationError(
+        f"Got {len(images)} image VAE(s) ({kinds or 'none'}) for {family or 'a video VAE'}. A CV-VAE (cv-vae, "
+        "cv-vae-sd3) is made of one of the Stable Diffusion kind; an IV-VAE of one or two IVImageVAEs."
+    )
+
+
+def _inflated_cv(image: CVImageWeights, *, sd3: bool) -> Inflated:
+    notes: list[str] = []
+    if image.border_bias:
+        notes.append(
+            f"The image VAE has a convolution before its decoder whose bias is now felt at the border too (up to "
+            f"{image.border_bias:.3g} in the first layer): the outermost 8 pixels differ at first."
+        )
+    if sd3:
+        notes.append(
+            "cv-vae-sd3 pads borders otherwise and halves pictures around other pixels than the image VAE, so still "
+            "frames are near to those of the image VAE and not the same; --family cv-vae reproduces it."
+        )
+    elif "decoder.mid.attn_1.proj_out.weight" in image.tensors:
+        strengths = torch.linalg.svdvals(_attention_map(image.tensors)).square()
+        share = math.sqrt(float(strengths[-_DROPPED:].sum() / strengths.sum()))
+        notes.append(
+            f"The decoder's attention over space goes through the layer norm of the one over time, all but {_DROPPED} "
+            f"of its {len(strengths)} directions, which hold {share:.1e} of its strength."
+        )
+    config = replace(image.config, sd3=sd3)
+    return Inflated(vae=load(inflate_cv(image.tensors, config, norm_eps=image.norm_eps)), notes=tuple(notes))
+
+
+def _inflated_iv(images: Sequence[IVImageWeights]) -> Inflated:
+    halves = [image.config.halves for image in images]
+    if sum(halves) > 2 or (len(halves) == 2 and halves != [1, 1]):
+        raise InflationError(
+            f"Got {len(images)} IVImageVAEs of {' and '.join(map(str, halves))} halves: an IV-VAE is made of two of "
+            "one half, of one of one half twice, or of one of two halves."
+        )
+    first, last = images[0].tensors, images[-1].tensors
+    joined = first if halves == [2] else join_halves(first, last)
+    channels = images[0].config.latent_channels * 2 // halves[0]
+    config = IVVAEConfig(dim=images[0].config.dim, latent_channels=channels, scale_factor=1.0, shift_factor=0.0)
+    notes = ("One image VAE became both halves; they part in training.",) if halves == [1] else ()
+    return Inflated(vae=load(inflate_iv(joined, config), scale_factor=1.0, shift_factor=0.0), notes=notes)
 
 
 # ---------------------------------------------------------------------------------------------------------- CV-VAE
 
 
-def inflate_cv(image: Weights, config: CVVAEConfig) -> dict[str, Tensor]:
+def inflate_cv(image: Weights, config: CVVAEConfig, *, norm_eps: float = OUR_EPS) -> dict[str, Tensor]:
     """Official weights of a CV-VAE from those of an image VAE in the Stable Diffusion layout (same names, 2-D kernels).
 
-    Upsampling convolutions that double time repeat the 2-D kernel for both parts. `proj_out_t` is zero, which silences
-    the whole attention path of the decoder (its spatial part feeds the part over time): an image VAE without attention
-    there is reproduced exactly on still frames, one with it as if that attention gave nothing, until training opens it.
-    What else the image VAE does not have keeps the model's own initialisation (torch's global seed).
+    Upsampling convolutions that double time repeat the 2-D kernel for both parts. norm_eps: of the image VAE's group
+    norms; where the video VAE has another one, everything that a norm will see is scaled so that it makes no
+    difference. The decoder's attention over space goes on into one over time, which is made to pass it on (see
+    `_through_time`); where the image VAE has no attention there, that path starts silent.
+    What else the image VAE does not have keeps the model's own initialisation (torch's global seed). For `cv-vae-sd3`,
+    whose layers halve the picture around other pixels, their kernels are moved as far as they go.
     Raises InflationError when a tensor is missing or does not fit.
     """
     model = CVVAE(config)
     state = official_state(model)
+    # an image VAE's names are those of cv-vae
+    names = {theirs: official(ours, shape, "cv-vae")[0] for ours, (theirs, shape) in _own_names(model).items()}
+    scale = math.sqrt(config.norm_eps / norm_eps)
+    attention = "decoder.mid.attn_1.proj_out.weight" in image
     for name, target in state.items():
-        if name == "decoder.mid.attn_1.proj_out_t.weight" or name == "decoder.mid.attn_1.proj_out_t.bias":
-            state[name] = torch.zeros_like(target)
-        elif name in image:
-            state[name] = _spread_over_time(image[name], target, name)
-        elif not name.startswith("decoder.mid.attn_1."):
+        source = names[name]
+        if source in image:
+            value = _moved(image[source], source) if config.sd3 else image[source]
+            if _is_seen_by_a_norm(source):
+                value = value * scale
+            state[name] = _spread_over_time(value, target, source)
+        elif not source.startswith("decoder.mid.attn_1.") or (attention and not re.search(r"_t\.\w+$", source)):
             raise InflationError(
-                f"The image VAE has no {name}; give the weights of an image VAE in the Stable Diffusion layout with "
+                f"The image VAE has no {source}; give the weights of an image VAE in the Stable Diffusion layout with "
                 f"the widths {config.widths} and {config.blocks_per_level} block(s) per level."
             )
+        elif source.startswith("decoder.mid.attn_1.proj_out." if config.sd3 else "decoder.mid.attn_1.proj_out_t."):
+            state[name] = torch.zeros_like(target)
+    if attention and not config.sd3:
+        state |= _through_time(image, config, scale)
     return state
+
+
+def _own_names(model: CVVAE) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Our name -> official name, our shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {ours: (theirs, shapes[ours]) for ours, (theirs, _) in key_map(model).items()}
+
+
+def _is_seen_by_a_norm(name: str) -> bool:
+    """Whether what this tensor adds goes on into a group norm (and not only what it passes on, as a shortcut does)."""
+    if re.search(r"\.(conv1|conv2|conv_in|proj_out)\.\w+$", name):
+        return True
+    return bool(re.search(r"\.(nin_shortcut|downsample\.conv|upsample\.conv)\.bias$", name))
+
+
+def _moved(kernel: Tensor, name: str) -> Tensor:
+    """A kernel that halves: it saw pixels 0, 1, 2 of each pair and the next one, and will see -1, 0, 1."""
+    if not name.endswith(".downsample.conv.weight"):
+        return kernel
+    for dim in (-2, -1):
+        first, second, third = kernel.unbind(dim)
+        kernel = torch.stack((torch.zeros_like(first), first, second + third), dim)
+    return kernel
+
+
+def _through_time(image: Weights, config: CVVAEConfig, scale: float) -> dict[str, Tensor]:
+    """The decoder's attention over space and over time, so that still frames get what the image VAE's attention gives.
+
+    Over still frames attention over time passes its values on. The layer norm before it does not: it divides by the
+    deviation over channels. So two channels are given a constant pair (+a, -a), so large that the deviation hardly
+    depends on anything else, and their gain behind the norm is zero; the other channels then pass the norm as they are,
+    but for their mean. That leaves three directions fewer than there are channels: the attention's output goes without
+    the three that it has least in. What remains is an error of at most 1 / (2 * _HEADROOM)^2 of it, and those three.
+    """
+    at = "decoder.mid.attn_1."
+    width = config.widths[-1]
+    w_o = image[f"{at}proj_out.weight"].double().flatten(1)
+    b_v, b_o = (image[f"{at}{name}.bias"].double() for name in ("v", "proj_out"))
+    gain, offset = (image[f"{at}norm.{name}"].double() for name in ("weight", "bias"))
+    whole = _attention_map(image)
+    kept = torch.linalg.svd(whole)[0][:, : width - _DROPPED]  # orthonormal; the least come last
+    ways = _zero_mean_directions(width - 2, width - _DROPPED)
+    expected = math.sqrt(float((whole * gain).square().sum() + (whole @ offset).square().sum()))
+    pair = min(2.0 ** math.ceil(math.log2(max(_HEADROOM * expected, 1.0))), _PAIR_LIMIT)
+    into = torch.cat((torch.zeros(2, width, dtype=torch.float64), ways @ kept.T))
+    constant = torch.zeros(width, dtype=torch.float64)
+    constant[0], constant[1] = pair, -pair
+    gamma = torch.full((width,), math.sqrt(2 * pair**2 / width + config.norm_eps), dtype=torch.float64)
+    gamma[:2] = 0
+    tensors = {
+        "proj_out.weight": into @ w_o,
+        "proj_out.bias": constant - into @ w_o @ b_v,  # the constant part comes behind the norm
+        "norm_t.weight": gamma,
+        "norm_t.bias": torch.zeros(width),
+        "v_t.weight": torch.eye(width),
+        "v_t.bias": torch.zeros(width),
+        "proj_out_t.weight": scale * into.T,
+        "proj_out_t.bias": scale * (w_o @ b_v + b_o),
+    }
+    tensors["proj_out.weight"] = tensors["proj_out.weight"][..., None, None]
+    return {at + name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _attention_map(image: Weights) -> Tensor:
+    """What the decoder's attention makes of the values it has mixed: (channels, channels), float64."""
+    w_v, w_o = (image[f"decoder.mid.attn_1.{name}.weight"].double().flatten(1) for name in ("v", "proj_out"))
+    return w_o @ w_v
+
+
+def _zero_mean_directions(size: int, count: int) -> Tensor:
+    """(size, count) orthonormal columns, each with a mean of zero; count is at most size - 1."""
+    plane = torch.eye(size, dtype=torch.float64) - 1 / size
+    return torch.linalg.qr(plane[:, :count])[0]
 
 
 def _spread_over_time(source: Tensor, target: Tensor, name: str) -> Tensor:
     """`source` in the shape of `target`: repeated over parts, then put at one time tap."""
     parts = target.shape[0] // source.shape[0] if ".upsample." in name else 1
     repeated = source.repeat(parts, *(1,) * (source.ndim - 1))
-    if repeated.shape == target.shape:
-        return repeated.to(target.dtype)
+    is_linear = repeated.shape[:2] == target.shape[:2] and repeated.numel() == target.numel()
+    if repeated.shape == target.shape or (is_linear and repeated.ndim != target.ndim):  # 1x1 kernels
+        return repeated.reshape(target.shape).to(target.dtype)
     if target.ndim != 5 or repeated.shape != (*target.shape[:2], *target.shape[3:]):
         raise InflationError(
             f"The image VAE's {name} has shape {tuple(source.shape)}, which does not fit the video VAE's "

@@ -1,0 +1,116 @@
+"""Files of a job: one small file for each finished clip, and shards made of them. All appear only when complete."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+from torch import Tensor
+
+from ..headers import open_safetensors, read_header
+
+ShardFormat = Literal["safetensors", "webdataset"]
+SUFFIX: dict[ShardFormat, str] = {"safetensors": ".safetensors", "webdataset": ".tar"}
+TENSOR = "latent"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipInfo:
+    """What a latent was made of. key: the clip's place in its source. frames, height, width: of what was encoded, in
+    frames and pixels, before any padding. fps: frames per second, as a fraction."""
+
+    id: str
+    key: str
+    frames: int
+    height: int
+    width: int
+    fps: str
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is whole, on the disk, or not there; the writer of the same name that ends last wins."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """The same, of JSON."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    return json.loads(path.read_bytes())
+
+
+def write_clip(path: Path, latent: Tensor, info: ClipInfo) -> None:
+    """One finished clip; latent: (z, t, h, w)."""
+    metadata = {"clip": json.dumps(asdict(info))}
+    write_bytes(path, safetensors.torch.save({TENSOR: latent.contiguous()}, metadata=metadata))
+
+
+def read_info(path: Path) -> ClipInfo:
+    """What `write_clip` wrote of a clip beside its latent."""
+    return ClipInfo(**json.loads(read_header(path).metadata["clip"]))
+
+
+def _read_clip(path: Path) -> tuple[ClipInfo, Tensor]:
+    with open_safetensors(path) as file:
+        return read_info(path), file.get_tensor(TENSOR)
+
+
+def write_shard(path: Path, clips: Sequence[Path], form: ShardFormat) -> list[ClipInfo]:
+    """Join finished clips into a shard.
+
+    safetensors: a tensor for each clip, under its id; the metadata `clips` is a JSON list of ClipInfo. webdataset: a
+    tar with `<id>.safetensors` (the tensor `latent`) and `<id>.json` for each clip.
+    """
+    read = [_read_clip(clip) for clip in clips]
+    infos = [info for info, _ in read]
+    if form == "safetensors":
+        metadata = {"clips": json.dumps([asdict(info) for info in infos])}
+        write_bytes(path, safetensors.torch.save({info.id: latent for info, latent in read}, metadata=metadata))
+        return infos
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as shard:
+        for info, clip in zip(infos, clips, strict=True):
+            for suffix, content in (("safetensors", clip.read_bytes()), ("json", json.dumps(asdict(info)).encode())):
+                member = tarfile.TarInfo(f"{info.id}.{suffix}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    write_bytes(path, buffer.getvalue())
+    return infos
+
+
+def read_latents(folder: str | Path) -> Iterator[tuple[ClipInfo, Tensor]]:
+    """Every finished clip of a job's folder with its latent, (z, t, h, w), shard after shard."""
+    for record in sorted(Path(folder).glob("shard-*.json")):
+        content = read_json(record)
+        if content["file"] is None:
+            continue
+        path = record.with_name(content["file"])
+        infos = [ClipInfo(**info) for info in content["clips"]]
+        if path.suffix == SUFFIX["safetensors"]:
+            with open_safetensors(path) as file:
+                for info in infos:
+                    yield info, file.get_tensor(info.id)
+            continue
+        with tarfile.open(path) as shard:
+            for info in infos:
+                member = shard.extractfile(f"{info.id}.safetensors")
+                assert member is not None
+                yield info, safetensors.torch.load(member.read())[TENSOR]
