@@ -42,9 +42,9 @@ COLUMNS = (
         "warp_excess",
         "Warp error",
         2,
-        False,
+        None,
         "Difference to the frame before, moved along the original's optical flow, beyond that of the original itself. "
-        "Below 0: blurred.",
+        "Above 0: restless. Below 0: blurred.",
     ),
     Column("distance", "Latent distance", 3, False, "To the image VAE's latents, as a share of their size."),
     Column("nearest", "Nearest frame", 3, False, "The same, to the nearest frame of each group."),
@@ -178,7 +178,9 @@ def _video(name: str, records: Sequence[Record], outcome: Outcome, folder: Path)
     legend = "".join(_name(order[record.vae], record.vae) for record in records)
     return (
         f"<section><h2>{_e(name)}</h2><p class=faint>{records[0].count} frames of {width}x{height}. "
-        f"Dotted lines: where CV-VAE's chunks meet.</p><p class=legend>{legend}</p><div class=two>{charts}</div>"
+        f"Dotted lines: where CV-VAE's chunks meet. Seam maps: how much the error changes over each place, black for "
+        f"nothing, white for 4 times the median and more; borders of the official tiles are dotted.</p>"
+        f"<p class=legend>{legend}</p><div class=two>{charts}</div>"
         f"<div class=cards>{pictures}</div></section>"
     )
 
@@ -208,7 +210,7 @@ def _pictures(record: Record, index: int, folder: Path) -> str:
         seam = _figure(record.figures["seam"], 2)
         out += (
             f'<figure class=heat><img alt="Seam map of {_e(record.vae)}" src={image}>'
-            f"<figcaption>Where the error changes; tile borders dotted. Seams {seam}</figcaption></figure>"
+            f"<figcaption>Seam map. Seams {seam}</figcaption></figure>"
         )
     return f"<article><h3>{_name(index, record.vae)}</h3>{out}</article>" if out else ""
 

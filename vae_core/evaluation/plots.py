@@ -82,7 +82,7 @@ def _axes(title: str, unit: str, across: str) -> tuple[Figure, Any]:
     axes.set_ylabel(unit, fontsize=11, color=_FAINT)
     axes.set_xlabel(across, fontsize=11, color=_FAINT)
     axes.tick_params(colors=_FAINT, labelsize=10.5, length=3)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color=_FAINT, alpha=0.22, linewidth=0.7)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
