@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+import comfy.model_management as mm
 from comfy_api.latest import io
 from torch import Tensor
 
+from .latent_files import save_latent
 from .lazy_video import LazyVideo
 from .native import NativeVideoVAE, budget_bytes, collect_images, require
-from .running import Run
+from .running import Run, keep_report, report_ui
 from .schema import GIB, budget_input, describe, field, latent_input, preview_input, vae_input
 from .wire import Facts, read_facts, whole_frames
 
 DEFAULT_FPS = Fraction(24)  # where neither the latent nor the user says
+RESCUED = "latents/undecoded"  # the name below the output folder of a latent whose decode failed
+
+_log = logging.getLogger("cviv-vae")
 
 
 def _facts(latent: dict[str, Any], z: Tensor) -> tuple[Facts, list[str]]:
@@ -34,6 +41,42 @@ def _facts(latent: dict[str, Any], z: Tensor) -> tuple[Facts, list[str]]:
     ), told
 
 
+def _save_on_failure_input() -> Any:
+    return field(
+        io.Boolean,
+        "save_latent_on_failure",
+        default=True,
+        optional=True,
+        tooltip=f"If the decode fails in the end, save the latent as output/{RESCUED}_00001.latent.safetensors and so "
+        "on, so that the sampling is not lost; the error names the file. Not after Cancel.",
+        advanced=True,
+    )
+
+
+@contextmanager
+def _latent_kept(latent: dict[str, Any], vae: NativeVideoVAE, *, wanted: bool) -> Iterator[None]:
+    """Save `latent` if what happens inside fails, other than by a cancel, and name the file in the error."""
+    try:
+        yield
+    except mm.InterruptProcessingException:
+        raise
+    except Exception as error:
+        if wanted:
+            sentence = _rescued(latent, vae)
+            _log.warning("%s", sentence)
+            error.args = (f"{error}\n{sentence}",)  # the same error: ComfyUI frees memory where it says there is none
+        raise
+
+
+def _rescued(latent: dict[str, Any], vae: NativeVideoVAE) -> str:
+    """Save the latent; a sentence about where it is, or why it is not."""
+    try:
+        _, path = save_latent(None, RESCUED, latent, vae, {})
+    except (OSError, ValueError) as error:
+        return f"The latent could not be saved: {error}"
+    return f"The latent is saved as {path}: Load Video Latent reads it, and nothing need be sampled again."
+
+
 class Decode(io.ComfyNode):
     """A latent to images."""
 
@@ -45,7 +88,7 @@ class Decode(io.ComfyNode):
             description="Decodes a clip piece by piece into one buffer: device memory does not grow with its length. "
             "Gives back the true number of frames and size where the latent knows them.",
             search_aliases=["cv-vae decode", "iv-vae decode", "vae decode video", "tiled decode"],
-            inputs=[vae_input(), latent_input(), budget_input(), preview_input()],
+            inputs=[vae_input(), latent_input(), budget_input(), preview_input(), _save_on_failure_input()],
             outputs=[
                 io.Image.Output(
                     display_name="images",
@@ -58,19 +101,25 @@ class Decode(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
-    def execute(cls, vae: Any, samples: Any, memory_budget_gb: float, preview: bool) -> io.NodeOutput:
+    def execute(
+        cls, vae: Any, samples: Any, memory_budget_gb: float, preview: bool, save_latent_on_failure: bool = True
+    ) -> io.NodeOutput:
         vae = require(vae)
         z = vae.video_latent(samples)
         facts, told = _facts(samples, z)
         run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview)
-        pieces = vae.decode_pieces(z, run, frames=facts.frames, size=facts.size, budget=budget_bytes(memory_budget_gb))
-        images = collect_images(pieces, z.shape[0], facts.frames).flatten(0, 1)
+        budget = budget_bytes(memory_budget_gb)
+        with _latent_kept(samples, vae, wanted=save_latent_on_failure):
+            pieces = vae.decode_pieces(z, run, frames=facts.frames, size=facts.size, budget=budget)
+            images = collect_images(pieces, z.shape[0], facts.frames).flatten(0, 1)
         for sentence in (*told, f"the images take {images.nbytes / GIB:.2f} GiB of RAM"):
             run.note(sentence)
-        return io.NodeOutput(images, float(facts.fps or DEFAULT_FPS), run.finish())
+        report = run.finish()
+        return io.NodeOutput(images, float(facts.fps or DEFAULT_FPS), report, ui=report_ui(report))
 
 
 class DecodeToVideo(io.ComfyNode):
@@ -109,6 +158,7 @@ class DecodeToVideo(io.ComfyNode):
                 budget_input(),
                 preview_input(),
                 field(io.Audio, "audio", optional=True, tooltip="Sound for the video; cut to its length."),
+                _save_on_failure_input(),
             ],
             outputs=[io.Video.Output(display_name="video", tooltip="For Save Video. Nothing is decoded before that.")],
             hidden=[io.Hidden.unique_id],
@@ -124,6 +174,7 @@ class DecodeToVideo(io.ComfyNode):
         memory_budget_gb: float,
         preview: bool,
         audio: Any = None,
+        save_latent_on_failure: bool = True,
     ) -> io.NodeOutput:
         vae = require(vae)
         z = vae.video_latent(samples)
@@ -139,7 +190,9 @@ class DecodeToVideo(io.ComfyNode):
             run = Run(stop, node_id=node_id, preview=preview)
             for sentence in told:
                 run.note(sentence)
-            return _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb))
+            pieces = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id)
+            with _latent_kept(samples, vae, wanted=save_latent_on_failure):
+                yield from pieces
 
         video = LazyVideo(
             frames,
@@ -154,7 +207,7 @@ class DecodeToVideo(io.ComfyNode):
 
 
 def _part(
-    vae: NativeVideoVAE, z: Tensor, facts: Facts, run: Run, start: int, stop: int, budget: int | None
+    vae: NativeVideoVAE, z: Tensor, facts: Facts, run: Run, start: int, stop: int, budget: int | None, node_id: str
 ) -> Iterator[Tensor]:
     """Frames `start` to `stop` as (t, h, w, 3) pieces; those before are decoded, too, since each builds on them."""
     done = 0
@@ -164,7 +217,7 @@ def _part(
             done += piece.shape[1]
             if part.shape[0]:
                 yield part
-        run.finish()
+        keep_report(run.finish(), node_id)
     finally:
         run.close()
 

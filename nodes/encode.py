@@ -12,7 +12,7 @@ from comfy_api.latest import Input, io
 from torch import Tensor
 
 from .native import NativeVideoVAE, budget_bytes, require
-from .running import Run
+from .running import Run, report_ui
 from .schema import budget_input, check_choice, describe, field, vae_input
 from .video_source import open_video
 from .wire import Facts, from_video, make_latent, pieces_of, pixels_of
@@ -42,7 +42,7 @@ def _drawing_inputs() -> list[Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Clip:
+class Clip:
     """What is to be encoded: pieces (1, 3, t, h, w) in [-1, 1] of `frames` frames in all."""
 
     pieces: Iterator[Tensor]
@@ -52,8 +52,8 @@ class _Clip:
     fps: Fraction | None
 
 
-def _encode(
-    vae: NativeVideoVAE, clip: _Clip, node_id: str, *, mode: str, seed: int, budget_gb: float
+def encode_clip(
+    vae: NativeVideoVAE, clip: Clip, node_id: str, *, mode: str, seed: int, budget_gb: float
 ) -> tuple[dict[str, Any], str]:
     """The LATENT of a clip, and the report."""
     check_choice("mode", mode, MODES)
@@ -127,6 +127,7 @@ class Encode(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -137,7 +138,7 @@ class Encode(io.ComfyNode):
         rate = Fraction(fps).limit_denominator(1001) if fps else None
         if isinstance(images, Input.Video):
             source = open_video(images)
-            clip = _Clip(
+            clip = Clip(
                 pieces=source.frames(),
                 frames=source.count(),
                 height=source.height,
@@ -147,11 +148,11 @@ class Encode(io.ComfyNode):
         else:
             pixels = pixels_of(images)
             frames, height, width, _ = pixels.shape
-            clip = _Clip(pieces=pieces_of(pixels), frames=frames, height=height, width=width, fps=rate)
-        latent, report = _encode(
+            clip = Clip(pieces=pieces_of(pixels), frames=frames, height=height, width=width, fps=rate)
+        latent, report = encode_clip(
             vae, clip, cls.hidden.unique_id, mode=mode, seed=sample_seed, budget_gb=memory_budget_gb
         )
-        return io.NodeOutput(latent, report)
+        return io.NodeOutput(latent, report, ui=report_ui(report))
 
 
 class EncodeVideo(io.ComfyNode):
@@ -198,6 +199,7 @@ class EncodeVideo(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -214,17 +216,18 @@ class EncodeVideo(io.ComfyNode):
         vae = require(vae)
         source = open_video(video)
         count = frame_count or None
-        clip = _Clip(
+        clip = Clip(
             pieces=source.frames(first_frame, count),
             frames=source.count(first_frame, count),
             height=source.height,
             width=source.width,
             fps=source.fps,
         )
-        latent, report = _encode(
+        latent, report = encode_clip(
             vae, clip, cls.hidden.unique_id, mode=mode, seed=sample_seed, budget_gb=memory_budget_gb
         )
-        return io.NodeOutput(latent, float(source.fps), source.audio(first_frame, count), report)
+        audio = source.audio(first_frame, count)
+        return io.NodeOutput(latent, float(source.fps), audio, report, ui=report_ui(report))
 
 
 NODES = [Encode, EncodeVideo]

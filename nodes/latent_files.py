@@ -124,7 +124,7 @@ class SaveVideoLatent(io.ComfyNode):
             latent = _reuse(path)
             show_text(f"Read from {path.name}; nothing before this node was computed.", cls.hidden.unique_id)
         else:
-            latent, path = _save(path, filename_prefix, samples, vae, _workflow(cls.hidden))
+            latent, path = save_latent(path, filename_prefix, samples, vae, _workflow(cls.hidden))
             show_text(f"Saved as {path.name}.", cls.hidden.unique_id)
         result = {"filename": path.name, "subfolder": subfolder(path), "type": "output"}
         return io.NodeOutput(latent, str(path), ui={"latents": [result]})
@@ -208,7 +208,7 @@ class LoadVideoLatent(io.ComfyNode):
         return io.NodeOutput(latent, float(meta.fps), _info(file, opened, meta, z, first_latent))
 
 
-def _save(
+def save_latent(
     path: Path | None, prefix: str, latent: Any, vae: Any, texts: Mapping[str, str]
 ) -> tuple[dict[str, Any], Path]:
     """Save a LATENT as `path`, None for the next number; returns it, with its family, and the path."""

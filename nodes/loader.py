@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from comfy_api.latest import InputImpl, io
 from ..vae_core import load
 from ..vae_core.checkpoints import DEMO_FOLDER, DEMO_WEIGHTS
 from .native import NativeVideoVAE, require
-from .running import show_text
+from .running import report_ui
 from .schema import check_choice, describe, field, vae_input
 from .wire import Layout
 
@@ -124,7 +123,6 @@ class VideoVAEInfo(io.ComfyNode):
             description="Family, channels, compression, scaling, parameters, number format and layout of a video VAE.",
             inputs=[vae_input()],
             outputs=[io.String.Output(display_name="info", tooltip="One fact a line.")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -139,8 +137,7 @@ class VideoVAEInfo(io.ComfyNode):
                 f"latent layout    {layout}",
             )
         )
-        show_text(re.sub(" {2,}", ": ", text), cls.hidden.unique_id)  # there columns do not line up
-        return io.NodeOutput(text, ui={"text": (text,)})
+        return io.NodeOutput(text, ui=report_ui(text))
 
 
 class DemoClip(io.ComfyNode):

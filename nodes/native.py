@@ -7,7 +7,7 @@ latents are on the CPU and pass through the device one piece at a time, in all e
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 from ..vae_core import Plan, ReferencePlan, TilePlan, VideoVAE
 from ..vae_core.checkpoints import official_state
+from ..vae_core.codec import Direction
 from ..vae_core.iv_vae import IVVAEConfig
 from ..vae_core.keys import PUBLISHED_SCALING
+from ..vae_core.planner import budget_for, with_margin
 from ..vae_core.windows import SPACE, TIME, latent_frames, pixel_frames
 from .running import Run
 from .schema import GIB
+from .session import SESSION, Gauge, peak_reader
 from .wire import Layout, check_latent, from_video, images_of, pieces_of, pixels_of, read_facts, to_video
 
 _log = logging.getLogger("cviv-vae")
@@ -231,13 +234,14 @@ class NativeVideoVAE(comfy.sd.VAE):
         result that is not finite.
         """
         clip_shape = (1, *z.shape[1:])
-        tiles = self._prepare("decode", clip_shape, run, budget, tiles)
+        asked = budget, tiles
+        tiles, gauge = self._prepare("decode", clip_shape, run, budget, tiles)
+        recover = self._recover("decode", clip_shape, run, asked, gauge)
         with self._on_device():
             for clip in z.detach().to("cpu", torch.float32).split(1):
-                stream = self.codec.decode_stream(
-                    clip, frames=frames, size=size, plan=tiles, recover=self._recover("decode", clip_shape, run)
-                )
+                stream = self.codec.decode_stream(clip, frames=frames, size=size, plan=tiles, recover=recover)
                 for piece in _guarded(stream, self.codec.dtype):
+                    gauge.piece_done()
                     images = images_of(piece)
                     run.step(images.shape[1], images[0, -1])
                     yield images
@@ -257,7 +261,8 @@ class NativeVideoVAE(comfy.sd.VAE):
 
         shape: of the whole clip. Other arguments as in `decode_pieces` and `VideoVAE.encode_stream`.
         """
-        tiles = self._prepare("encode", shape, run, budget, tiles)
+        asked = budget, tiles
+        tiles, gauge = self._prepare("encode", shape, run, budget, tiles)
         with self._on_device():
             stream = self.codec.encode_stream(
                 _counted(pieces, run),
@@ -265,9 +270,10 @@ class NativeVideoVAE(comfy.sd.VAE):
                 sample=sample,
                 generator=generator,
                 plan=tiles,
-                recover=self._recover("encode", shape, run),
+                recover=self._recover("encode", shape, run, asked, gauge),
             )
             for piece in _guarded(stream, self.codec.dtype):
+                gauge.piece_done()
                 mm.throw_exception_if_processing_interrupted()
                 yield piece.float()
 
@@ -281,29 +287,51 @@ class NativeVideoVAE(comfy.sd.VAE):
         """Device memory that encoding needs: of one piece, however long the clip; shape is the pixels'."""
         return self.codec.encode_bytes(shape[-2], shape[-1], dtype=dtype)
 
-    def _prepare(self, task: str, shape: tuple[int, ...], run: Run, budget: int | None, tiles: Tiling) -> Tiling:
+    def _prepare(
+        self, task: Direction, shape: tuple[int, ...], run: Run, budget: int | None, tiles: Tiling
+    ) -> tuple[Tiling, Gauge]:
         """Plan, have ComfyUI make room and put the weights on the device; returns the tiles to use."""
-        codec = self.codec
-        if tiles is None:
-            plan = self.plan(task, shape, budget)
-            if not plan.fits:
-                _log.warning("The smallest tiles need more than the memory allowed; trying them.")
-            tiles, needed = plan.tiles, plan.device_bytes
-            run.note(f"{codec.family}, {str(self.vae_dtype).removeprefix('torch.')} on {self.device}")
-            run.note(str(plan))
-        else:
-            side = codec.decode_bytes if task == "decode" else codec.encode_bytes
-            needed = side(shape[-2], shape[-1], dtype=self.vae_dtype, plan=tiles)
-        mm.load_models_gpu([self.patcher], memory_required=needed, force_full_load=True)
-        run.begin(self.device)
-        return tiles
+        run.note(f"{self.codec.family}, {str(self.vae_dtype).removeprefix('torch.')} on {self.device}")
+        known = SESSION.tiles_for(self._job(task, shape), (budget, tiles))
+        plan = self.plan(task, shape, budget) if tiles is None else self._described(tiles, task, shape)
+        if known is not None:
+            smaller = self._described(known, task, shape)
+            if smaller.device_bytes < plan.device_bytes:
+                plan = smaller
+                run.note("memory ran out in an earlier run: begins with what worked then; another budget plans anew")
+        if not plan.fits:
+            _log.warning("The smallest tiles need more than the memory allowed; trying them.")
+        run.note(plan_words(plan, self.device))
+        mm.load_models_gpu([self.patcher], memory_required=plan.device_bytes, force_full_load=True)
+        run.begin(self.device, plan.tiles)
+        gauge = Gauge(
+            SESSION,
+            self._setting,
+            predicted=int(plan.device_bytes / SESSION.margin(self._setting)),
+            pieces=2 if self.codec.family == "iv-vae" else 1,  # the first group of an IV-VAE is one frame
+            peak=peak_reader(self.device),
+        )
+        return plan.tiles, gauge
 
-    def plan(self, task: str, shape: tuple[int, ...], budget: int | None) -> Plan:
+    @property
+    def _setting(self) -> Hashable:
+        return str(self.device), self.vae_dtype, self.codec.family
+
+    def _job(self, task: Direction, shape: tuple[int, ...]) -> Hashable:
+        return str(self.device), self.vae_dtype, self.codec.model.config, task, shape[-2:]
+
+    def _described(self, tiles: Tiling, task: Direction, shape: tuple[int, ...]) -> Plan:
+        plan = self.codec.describe_plan(tiles, shape, task, dtype=self.vae_dtype)
+        return with_margin(plan, SESSION.margin(self._setting))
+
+    def plan(self, task: Direction, shape: tuple[int, ...], budget: int | None) -> Plan:
         """How a latent ("decode") or a video ("encode") of `shape` would run; budget in bytes, None is automatic."""
         plan_for = self.codec.plan_decode if task == "decode" else self.codec.plan_encode
         ram = int(mm.get_free_memory(torch.device("cpu")) * _AUTOMATIC_SHARE)
-        budget = budget or self.could_be_free()
-        return plan_for(shape, budget_bytes=budget, ram_bytes=ram, dtype=self.vae_dtype, device=self.device)
+        margin = SESSION.margin(self._setting)
+        budget = budget_for(budget or self.could_be_free(), margin)
+        plan = plan_for(shape, budget_bytes=budget, ram_bytes=ram, dtype=self.vae_dtype, device=self.device)
+        return with_margin(plan, margin)
 
     def could_be_free(self) -> int:
         """Bytes that this VAE could have for itself once ComfyUI has put other models away."""
@@ -316,15 +344,20 @@ class NativeVideoVAE(comfy.sd.VAE):
         free = mm.get_free_memory(self.device) + (0 if self.device.type == "cpu" else others) - weights
         return max(1, int(free * _AUTOMATIC_SHARE))
 
-    def _recover(self, task: str, shape: tuple[int, ...], run: Run) -> Any:
+    def _recover(self, task: Direction, shape: tuple[int, ...], run: Run, asked: Hashable, gauge: Gauge) -> Any:
         """What to do when a piece runs out of memory: the next smaller tiles, from that piece on."""
+        job = self._job(task, shape)
 
         def recover(error: Exception, tiles: Tiling) -> Tiling:
+            gauge.spoil()
             mm.soft_empty_cache()
             smaller = self.codec.smaller_plan(tiles, shape, task, dtype=self.vae_dtype, device=self.device)
             if smaller is None:
+                SESSION.failed(job)
                 return None
-            sentence = f"out of memory after {run.done} frames; went on from there in smaller pieces: {smaller}"
+            SESSION.worked(job, asked, smaller)
+            way = self._described(smaller, task, shape).way
+            sentence = f"out of memory after {run.done} frames; went on from there in smaller pieces: {way}"
             _log.warning("%s", sentence)
             run.note(sentence)
             return smaller
@@ -334,6 +367,12 @@ class NativeVideoVAE(comfy.sd.VAE):
     def _on_device(self) -> AbstractContextManager[Any]:
         context = getattr(mm, "cuda_device_context", None)
         return nullcontext() if context is None else context(self.device)
+
+
+def plan_words(plan: Plan, device: torch.device) -> str:
+    """A plan in words; on a CPU the memory of the device is RAM."""
+    words = str(plan)
+    return words.replace("Device memory: about", "RAM to work in: about") if device.type == "cpu" else words
 
 
 def collect_images(pieces: Iterable[Tensor], clips: int, frames: int) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..vae_core.plan_picture import draw_plan
 from ..vae_core.windows import SPACE, latent_frames
-from .native import budget_bytes, require
-from .running import show_text
+from .native import budget_bytes, plan_words, require
+from .running import report_ui
 from .schema import GIB, budget_input, check_choice, describe, field, vae_input
 from .wire import image_of
 
@@ -39,7 +39,7 @@ class PlanNode(io.ComfyNode):
                 io.Image.Output(display_name="picture", tooltip="The tiles over the frame and the pieces over time."),
                 io.String.Output(display_name="report", tooltip="The plan in words. Its memory is a prediction."),
             ],
-            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -59,10 +59,10 @@ class PlanNode(io.ComfyNode):
             f"{direction} {frames} frames of {width}x{height} with {vae.codec.family}, "
             f"{str(vae.vae_dtype).removeprefix('torch.')}, budget {budget / GIB:.1f} GiB"
         )
-        picture = draw_plan(plan, (height, width), frames, title)
-        report = f"{title}\n{plan}"
-        show_text(report, cls.hidden.unique_id)
-        return io.NodeOutput(image_of(picture), report)
+        image = image_of(draw_plan(plan, (height, width), frames, title))
+        report = f"{title}\n{plan_words(plan, vae.device)}"
+        shown = ui.PreviewImage(image, cls=cls).as_dict() | report_ui(report)
+        return io.NodeOutput(image, report, ui=shown)
 
 
 NODES = [PlanNode]

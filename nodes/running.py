@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import logging
+import sys
 import time
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
@@ -13,6 +15,7 @@ from comfy_execution.progress import get_progress_state
 from PIL import Image
 from torch import Tensor
 
+from ..vae_core.pieces import AnyPlan
 from .schema import GIB
 
 PREVIEW_SIDE = 512  # largest side of the live preview in pixels
@@ -34,12 +37,15 @@ class Run:
         self._lines: list[str] = []
         self._start = self._last_preview = time.monotonic()
         self._device: torch.device | None = None
+        self.tiles: AnyPlan = None  # that the work began in
+        self._ram_before = 0
 
-    def begin(self, device: torch.device) -> None:
-        """The work starts, on `device`: the clock and the peak of memory are set to zero, the first time."""
+    def begin(self, device: torch.device, tiles: AnyPlan = None) -> None:
+        """The work starts, on `device` in `tiles`: clock and peak of memory are set to zero, the first time."""
         if self._device is not None:
             return
-        self._start, self._device = time.monotonic(), device
+        self.tiles = tiles
+        self._start, self._device, self._ram_before = time.monotonic(), device, most_ram()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -63,23 +69,30 @@ class Run:
             self._lines.append(sentence)
 
     def finish(self) -> str:
-        """The report: what ran, how long it took, the peak of memory; it is shown on the node, too."""
+        """The report: what ran, how long it took, the peak of memory. Its first line takes the place of the status."""
         seconds = time.monotonic() - self._start
         rate = f", {self.done / seconds:.1f} frames per second" if seconds > 0 and self.done else ""
         lines = [f"{self.done} frames in {seconds:.1f} s{rate}"]
-        if self._device is not None and self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device) / GIB
-            lines.append(f"peak {peak:.2f} GiB on {self._device}, weights included")
+        if self._device is not None:
+            lines.append(self._peak(self._device))
         lines.extend(self._lines)
         report = "\n".join(lines)
         _log.info("%s", "; ".join(lines))
-        self._say(report)
+        self._say(lines[0])
         return report
 
     def close(self) -> None:
         """Mark the node as done where it works after its own turn: a VIDEO is decoded while it is saved."""
         if self._node_id is not None:
             get_progress_state().finish_progress(self._node_id)
+
+    def _peak(self, device: torch.device) -> str:
+        if device.type == "cuda":
+            return f"peak {torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB on {device}, weights included"
+        now = most_ram()
+        if now > self._ram_before:
+            return f"peak {now / GIB:.2f} GiB of RAM, all that ComfyUI holds included"
+        return f"ComfyUI took no more RAM than before: its peak stays {now / GIB:.2f} GiB"
 
     def _status(self, now: float) -> str:
         left = (now - self._start) / max(self.done, 1) * (self.total - self.done)
@@ -90,15 +103,46 @@ class Run:
             show_text(text, self._node_id)
 
 
-def show_text(text: str, node_id: str) -> None:
-    """Show plain text on a node; without a server, as in tests and scripts, nothing happens."""
-    from server import PromptServer
+def most_ram() -> int:
+    """Bytes: the most RAM that this process has held since it began."""
+    if sys.platform == "win32":
+        import psutil  # one of ComfyUI's requirements
 
-    server = getattr(PromptServer, "instance", None)
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def report_ui(report: str) -> dict[str, tuple[str]]:
+    """The `ui` of a node that keeps its report in sight: web/js/report.js writes it on the node."""
+    return {"text": (report,)}
+
+
+def keep_report(report: str, node_id: str) -> None:
+    """Put a report on a node that works after its own turn, by the message that ComfyUI sends at the end of a turn."""
+    server = _server()
+    if server is None:
+        return
+    message = {"node": node_id, "display_node": node_id, "output": report_ui(report)}
+    message["prompt_id"] = getattr(server, "last_prompt_id", None)
+    server.send_sync("executed", message, server.client_id)
+
+
+def show_text(text: str, node_id: str) -> None:
+    """Show plain text on a node for now; without a server, as in tests and scripts, nothing happens."""
+    server = _server()
     if server is None:
         return
     # newer front ends read Markdown, where two blanks end a line; older ones insert the text as HTML
     server.send_progress_text(html.escape(text, quote=False).replace("\n", "  \n"), node_id)
+
+
+def _server() -> Any:
+    from server import PromptServer
+
+    return getattr(PromptServer, "instance", None)
 
 
 def _clock(seconds: float) -> str:

@@ -78,3 +78,9 @@ def press_run(page: Page, patience: float) -> str:
     page.locator('[data-testid="queue-button"]').click()
     page.wait_for_function("window.testEnded", timeout=patience)
     return page.evaluate("window.testEnded")
+
+
+def has_nodes_2(page: Page) -> bool:
+    """Whether this front end can draw nodes in HTML ("Nodes 2.0"); older ones have the setting, and are unfinished."""
+    version = page.evaluate("window.__COMFYUI_FRONTEND_VERSION__")
+    return [int(part) for part in version.split(".")[:2]] >= [1, 40]
