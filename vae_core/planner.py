@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from .iv_vae import IVVAEConfig
@@ -17,6 +17,8 @@ SIDES = (128, 96, 64, 48, 32, 24, 16, 12, 8)  # tile sides that are tried, in la
 LARGEST_CONVOLUTION = 2**31 - 1  # elements; above, GPU libraries leave their fast and safe paths
 # What waiting in RAM is taken to cost, as a share of the computation. Only the order of plans depends on it.
 OFFLOAD_COST_IV, OFFLOAD_COST_CV = 0.5, 2.0
+SLACK = 1.1  # the part of MARGIN that stays once a device was measured: what an allocator loses between its blocks
+LEAST_MEASURED = 2**28  # bytes; below, workspaces of a fixed size say nothing about larger frames
 CLEARLY_LESS = 0.85  # of the memory of a plan that failed is what the next one may need
 
 
@@ -34,8 +36,9 @@ class Plan:
 
     tiles: what to hand to `decode` or `encode` as `plan`; None for whole frames.
     chunks: pieces in time. tile_count: tiles of a piece, 1 for whole frames.
-    device_bytes: peak on the device, without weights, with what is kept from piece to piece, and with a quarter on top
-    for what an allocator and kernels take. host_bytes: RAM for what waits between tiles off the device.
+    device_bytes: peak on the device, without weights, with what is kept from piece to piece, and with a margin on top
+    for what an allocator and kernels take: MARGIN, unless `with_margin` put another in its place.
+    host_bytes: RAM for what waits between tiles off the device.
     result_bytes: the whole result in the network's number format, for those who keep it whole.
     exact: whether the result is that of whole frames (to rounding).
     fits: whether device_bytes, and host_bytes where RAM is limited, stay within the budget; True without one.
@@ -55,15 +58,22 @@ class Plan:
     def __str__(self) -> str:
         pieces = "1 piece" if self.chunks == 1 else f"{self.chunks} pieces in time, one after another"
         fits = "" if self.fits else " This does not fit the budget; no smaller way is known."
-        exact = "exact" if self.exact else "not exact: blended"
         return "\n".join(
             (
                 f"{self._how()}; {pieces}.",
                 f"Device memory: about {_size(self.device_bytes)} beside the weights.{fits}",
                 f"RAM: {self._ram()}.",
-                f"Result: {exact}. Extra work for halos: {100 * self.halo_overhead:.0f} %.",
+                f"Result: {self._exact()}. Extra work for halos: {100 * self.halo_overhead:.0f} %.",
             )
         )
+
+    @property
+    def way(self) -> str:
+        """Pieces in space, and whether the result is exact, in a few words."""
+        return f"{self._how()}, {self._exact()}"
+
+    def _exact(self) -> str:
+        return "exact" if self.exact else "not exact: blended"
 
     def _ram(self) -> str:
         result = f"{_size(self.result_bytes)} for the result where it is kept whole"
@@ -101,6 +111,25 @@ def _cost(task: Task, plan: TilePlan) -> float:
 def device_bytes(task: Task, tiles: AnyPlan) -> int:
     """Predicted peak of one piece on the device, margin included, without weights."""
     return ceil(MARGIN * predict(task.piece, tiles).device)
+
+
+def measured_margin(in_use: int, predicted: int) -> float | None:
+    """What to multiply predictions by, in place of MARGIN, once a piece has run.
+
+    in_use: most bytes that the device's allocator had given out while it ran, beyond those from before; workspaces of
+    kernels are in them. predicted: live tensors, without a margin. None where the piece is too small to say.
+    """
+    return SLACK * max(1.0, in_use / predicted) if predicted >= LEAST_MEASURED else None
+
+
+def budget_for(budget_bytes: int, margin: float) -> int:
+    """The budget by which `plan_decode` and `plan_encode` keep within `budget_bytes` at this margin, not MARGIN."""
+    return max(1, int(budget_bytes * MARGIN / margin))
+
+
+def with_margin(plan: Plan, margin: float) -> Plan:
+    """A plan made with MARGIN, as it is at another margin."""
+    return replace(plan, device_bytes=ceil(plan.device_bytes / MARGIN * margin))
 
 
 def choose(task: Task, budget: Budget, *, on_cpu: bool) -> Plan:

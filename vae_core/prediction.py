@@ -11,7 +11,7 @@ from torch import Tensor
 from .cv_tiles import CVPass, TiledChunk
 from .cv_vae import CVVAE
 from .iv_tiles import IVPass, Tile
-from .iv_vae import GROUP, IVVAEConfig
+from .iv_vae import GROUP, IVVAE, IVVAEConfig
 from .keys import Config, Model, build
 from .memory import Memory, StreamingLayer
 from .profiler import MemoryProfile
@@ -87,22 +87,26 @@ def _largest(tiles: list[Region], size: tuple[int, int]) -> list[Region]:
 
 
 class _SampleCV(CVPass):
-    """A pass in which only the largest tile runs."""
+    """A pass in which only the largest tile runs, unless `every_tile`."""
 
     profile: MemoryProfile
+    every_tile: bool
 
     def tiled_chunk(self, plan: TilePlan, size: tuple[int, int], device: torch.device) -> TiledChunk:
         shelf = _CountingShelf(self.profile) if plan.offload else Shelf(META)
-        return TiledChunk(_largest(grid(full(size), plan.sides), size), size, shelf, device)
+        tiles = grid(full(size), plan.sides)
+        return TiledChunk(tiles if self.every_tile else _largest(tiles, size), size, shelf, device)
 
 
 class _SampleIV(IVPass):
-    """A pass in which only the largest tile runs; what the others remember is added by arithmetic."""
+    """A pass in which only the largest tile runs, unless `every_tile`; what the others remember is added by
+    arithmetic."""
 
     profile: MemoryProfile
+    every_tile: bool
 
     def cores(self) -> list[Region]:
-        return _largest(super().cores(), self.size)
+        return super().cores() if self.every_tile else _largest(super().cores(), self.size)
 
     def new_memory(self) -> Memory:
         if self.plan is not None and self.plan.offload:
@@ -111,6 +115,8 @@ class _SampleIV(IVPass):
 
     def remembered_by_others(self) -> int:
         """Bytes that the tiles remember that did not run."""
+        if self.every_tile:
+            return 0
         tile, kept = self.tracks[0].tile, self.tracks[0].memory.snapshot()
         others = 0
         for i, layer in enumerate(self.layers):
@@ -152,11 +158,24 @@ def meta_model(config: Config, dtype: torch.dtype) -> Model:
 
 @lru_cache(maxsize=4096)
 def predict(task: Task, plan: AnyPlan) -> Need:
-    """What one piece of the clip needs while it runs."""
+    """What one piece of the clip needs while it runs, from its largest tile alone."""
     model = meta_model(task.config, task.dtype)
     if isinstance(model, CVVAE):
-        return _predict_reference(task, plan) if isinstance(plan, ReferencePlan) else _predict_cv(model, task, plan)
+        return _predict_reference(task, plan) if isinstance(plan, ReferencePlan) else _count_cv(model, task, plan)
+    return _count_iv(model, task, plan)
+
+
+def count(task: Task, plan: TilePlan | None) -> Need:
+    """What a clip needs, with every tile of every piece run: slow, and what `predict` is checked against."""
+    model = meta_model(task.config, task.dtype)
+    if isinstance(model, CVVAE):
+        return _count_cv(model, task, plan, every_tile=True)
+    return _count_iv(model, task, plan, every_tile=True)
+
+
+def _count_iv(model: IVVAE, task: Task, plan: AnyPlan, *, every_tile: bool = False) -> Need:
     work = _SampleIV(model, plan, decoding=task.decoding)
+    work.every_tile = every_tile
     with MemoryProfile() as profile:
         work.profile = profile
         for n in range(task.latents):
@@ -171,8 +190,9 @@ def predict(task: Task, plan: AnyPlan) -> Need:
     )
 
 
-def _predict_cv(model: CVVAE, task: Task, plan: AnyPlan) -> Need:
+def _count_cv(model: CVVAE, task: Task, plan: AnyPlan, *, every_tile: bool = False) -> Need:
     work = _SampleCV(model, plan, decoding=task.decoding)
+    work.every_tile = every_tile
     with MemoryProfile() as profile:
         work.profile = profile
         work.begin(_piece(task, first=True, latents=task.latents))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -67,28 +67,6 @@ def test_encoding_gives_what_whole_frames_give(
         close(got, expected, tolerance)
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.booleans())
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_size_any_tile_any_length(
-    family: str,
-    small_vae: Make,
-    tolerance: float,
-    height: int,
-    width: int,
-    tile_height: int,
-    tile_width: int,
-    later: int,
-    offload: bool,
-) -> None:
-    vae = small_vae(family)
-    torch.manual_seed(height + 10 * width)
-    plan = TilePlan(tile=(tile_height, tile_width), offload=offload)
-    latent = torch.randn(1, vae.info.latent_channels, 1 + later, height, width, dtype=torch.float64)
-    frames = vae.decode(latent)
-    close(vae.decode(latent, plan=plan), frames, tolerance)
-    close(vae.encode(frames, plan=plan), vae.encode(frames), tolerance)
-
-
 @pytest.mark.parametrize("offload", [False, True])
 def test_batches_and_several_chunks(family: str, small_vae: Make, tolerance: float, offload: bool) -> None:
     vae = small_vae(family)
@@ -111,15 +89,14 @@ def test_streams_take_a_plan(family: str, small_vae: Make) -> None:
     assert torch.equal(frames, vae.decode(latent, plan=plan))
 
 
-@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_lower_precision_stays_close(family: str, small_vae: Make, dtype: torch.dtype, factor: float) -> None:
-    vae = small_vae(family, dtype)
+def test_half_precision_stays_close(family: str, small_vae: Make) -> None:
+    vae = small_vae(family, torch.bfloat16)
     torch.manual_seed(0)
-    video = (torch.rand(1, 3, 9, 24, 32) * 2 - 1).to(dtype)
+    video = (torch.rand(1, 3, 9, 24, 32) * 2 - 1).to(torch.bfloat16)
     plan = TilePlan(tile=2)
     latent = vae.encode(video)
-    close(vae.encode(video, plan=plan), latent, factor)
-    close(vae.decode(latent, plan=plan), vae.decode(latent), factor)
+    close(vae.encode(video, plan=plan), latent, 0.1)
+    close(vae.decode(latent, plan=plan), vae.decode(latent), 0.1)
 
 
 def test_tiles_are_not_the_official_ones(small_vae: Make) -> None:

@@ -17,8 +17,8 @@ from vae_core.codec import VideoVAE
 from vae_core.cv_vae import CVVAEConfig
 from vae_core.iv_vae import IVVAEConfig
 from vae_core.keys import build
-from vae_core.planner import MARGIN
-from vae_core.prediction import meta_model, predict
+from vae_core.planner import LEAST_MEASURED, MARGIN, SLACK, budget_for, measured_margin, with_margin
+from vae_core.prediction import Task, count, meta_model, predict
 from vae_core.profiler import MemoryProfile
 
 from .meta_profile import MetaProfile
@@ -119,6 +119,33 @@ def test_the_prediction_is_what_a_run_needs(full_vae: VideoVAE, plan: Any, decod
     assert predicted <= 1.05 * real
 
 
+@pytest.mark.parametrize("plan", [None, TilePlan(tile=8)], ids=["whole", "8"])
+def test_the_promise_holds_for_real_tensors(
+    family: str, small_vae: Callable[..., VideoVAE], plan: TilePlan | None
+) -> None:
+    """With data, on the CPU, every tile of every piece of a stream: live tensors are within 10 % of the prediction."""
+    vae = small_vae(family, torch.float32)
+    channels, latents, size = vae.info.latent_channels, 6, (9, 10)
+    predicted = vae.describe_plan(plan, (1, channels, latents, *size), "decode").device_bytes / MARGIN
+    pieces = (torch.zeros(1, channels, 1, *size) for _ in range(latents))
+    with MemoryProfile() as profile:
+        frames = sum(piece.shape[2] for piece in vae.decode_stream(pieces, plan=plan))
+    assert frames == 1 + 4 * (latents - 1)
+    assert profile.device.peak == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize("decoding", [True, False], ids=["decode", "encode"])
+def test_one_tile_tells_what_all_need_off_the_device_too(full_vae: VideoVAE, decoding: bool) -> None:
+    task = Task(
+        config=full_vae.model.config, dtype=torch.bfloat16, decoding=decoding, batch=1, latents=3, size=(20, 26)
+    )
+    plan = TilePlan(tile=8, offload=True)
+    need, every = predict(task.piece, plan), count(task, plan)
+    assert every.device == pytest.approx(need.device, rel=0.1)
+    assert every.host == pytest.approx(need.host, rel=0.1)
+    assert every.largest_convolution == need.largest_convolution
+
+
 def test_ram_is_counted_for_what_waits_there(full_vae: VideoVAE) -> None:
     shape = latent_shape(full_vae)
     kept = full_vae.describe_plan(TilePlan(tile=32), shape, "decode")
@@ -156,6 +183,32 @@ def test_plans_get_smaller_with_the_budget(full_vae: VideoVAE) -> None:
     assert needs == sorted(needs, reverse=True)
     assert plans[-1].tile_count > 1
     assert plans[-1].halo_overhead > 0
+
+
+def test_a_measured_margin_takes_the_place_of_the_usual_one(full_vae: VideoVAE) -> None:
+    """A plan made for a device that takes twice the live tensors keeps within the budget at that rate."""
+    shape = latent_shape(full_vae)
+    margin = measured_margin(2 * GIB, GIB)
+    assert margin == SLACK * 2
+    usual = full_vae.plan_decode(shape, budget_bytes=4 * GIB)
+    plan = with_margin(full_vae.plan_decode(shape, budget_bytes=budget_for(4 * GIB, margin)), margin)
+    assert plan.fits
+    assert plan.device_bytes <= 4 * GIB
+    assert plan.tiles != usual.tiles
+    assert plan.device_bytes == pytest.approx(margin * predict_of(full_vae, shape, plan.tiles), rel=1e-6)
+    assert with_margin(usual, MARGIN) == usual
+
+
+def test_a_margin_is_never_below_the_live_tensors_nor_from_small_pieces() -> None:
+    assert measured_margin(GIB // 2, GIB) == SLACK
+    assert measured_margin(10 * LEAST_MEASURED, LEAST_MEASURED - 1) is None
+    assert measured_margin(10 * LEAST_MEASURED, LEAST_MEASURED) == pytest.approx(10 * SLACK)
+    assert budget_for(1, 100.0) == 1
+
+
+def predict_of(vae: VideoVAE, shape: tuple[int, ...], plan: Any) -> float:
+    """Live tensors alone."""
+    return vae.describe_plan(plan, shape, "decode").device_bytes / MARGIN
 
 
 def test_a_budget_that_nothing_fits_is_said(full_vae: VideoVAE) -> None:
@@ -248,6 +301,16 @@ def test_a_plan_reads_as_words(full_vae: VideoVAE) -> None:
     assert "pieces in time" in text
     assert "beside the weights" in text
     assert "Result: exact." in text
+
+
+def test_every_way_to_run_says_whether_it_is_exact(full_vae: VideoVAE) -> None:
+    shape = latent_shape(full_vae)
+    ways = {plan: full_vae.describe_plan(plan, shape, "decode").way for plan in (None, TilePlan(tile=32))}
+    assert ways[None] == "Whole frames, exact"
+    assert ways[TilePlan(tile=32)] == "Exact tiles of at most 32x32 latents (256x256 px), 15 per piece, exact"
+    if full_vae.family != "iv-vae":
+        way = full_vae.describe_plan(ReferencePlan(), shape, "decode").way
+        assert way == "Official tiles of 576 px, 6 per piece, not exact: blended"
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 4), (1, 5, 1, 4, 4), (1, 4, 0, 4, 4)])

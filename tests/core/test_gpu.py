@@ -1,0 +1,136 @@
+"""On a real GPU: exact tiles, running out of memory under a real cap, memory that does not grow, and kept promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from vae_core import TilePlan
+from vae_core.codec import VideoVAE
+from vae_core.cv_vae import CVVAEConfig
+from vae_core.iv_vae import IVVAEConfig
+from vae_core.keys import Config, build
+from vae_core.planner import MARGIN, measured_margin
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False")
+
+Make = Callable[..., VideoVAE]
+CUDA = torch.device("cuda", 0)
+FULL: dict[str, Config] = {
+    "cv-vae": CVVAEConfig(widths=(128, 256, 512, 512), blocks_per_level=2, latent_channels=4, sd3=False),
+    "cv-vae-sd3": CVVAEConfig(widths=(128, 256, 512, 512), blocks_per_level=2, latent_channels=16, sd3=True),
+    "iv-vae": IVVAEConfig(dim=64, latent_channels=16, scale_factor=1.0, shift_factor=0.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture
+def full_vae(family: str) -> Iterator[VideoVAE]:
+    """A model of the published widths with weights at random, in bfloat16 on the GPU."""
+    torch.manual_seed(0)
+    with CUDA:
+        model = build(FULL[family]).to(torch.bfloat16).requires_grad_(False).eval()
+    yield VideoVAE(model)
+    del model
+    torch.cuda.empty_cache()
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.float() - expected.float()).abs().max() / expected.float().std())
+
+
+def latent_of(vae: VideoVAE, frames: int, side: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(1, vae.info.latent_channels, frames, side, side)
+
+
+def peak_of(vae: VideoVAE, latent: torch.Tensor, plan: Any = None) -> int:
+    """Most bytes in use on the GPU while a latent in RAM is decoded piece by piece, beyond those from before."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(CUDA)
+    before = torch.cuda.memory_allocated(CUDA)
+    for piece in vae.decode_stream(latent, plan=plan):
+        assert piece.device.type == "cpu"
+        del piece
+    torch.cuda.synchronize(CUDA)
+    return torch.cuda.max_memory_allocated(CUDA) - before
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("plan", [TilePlan(tile=2), TilePlan(tile=(3, 1), offload=True)], ids=["device", "offload"])
+def test_exact_tiles_give_what_whole_frames_give(
+    family: str, small_vae: Make, dtype: torch.dtype, tolerance: float, plan: TilePlan
+) -> None:
+    vae = small_vae(family, dtype).to(CUDA)
+    video = (torch.rand(1, 3, 21, 40, 48) * 2 - 1).to(dtype)
+    latent = vae.encode(video)
+    assert difference(vae.encode(video, plan=plan), latent) <= tolerance
+    assert difference(vae.decode(latent, plan=plan), vae.decode(latent)) <= tolerance
+
+
+def test_the_gpu_gives_what_the_cpu_gives(family: str, small_vae: Make) -> None:
+    vae = small_vae(family, torch.float32)
+    latent = latent_of(vae, 6, 4)
+    on_cpu = vae.decode(latent)
+    assert difference(vae.to(CUDA).decode(latent), on_cpu) <= 1e-3
+
+
+def test_a_real_cap_is_recovered_from(full_vae: VideoVAE) -> None:
+    """The driver refuses what is above the cap; decoding goes on in smaller tiles, and the result is the same."""
+    latent = latent_of(full_vae, 6, 40).to(torch.bfloat16)
+    whole = full_vae.decode(latent)
+    peak = peak_of(full_vae, latent)
+    tried: list[Any] = []
+
+    def recover(error: Exception, plan: Any) -> Any:
+        assert isinstance(error, torch.OutOfMemoryError)
+        tried.append(plan)
+        torch.cuda.empty_cache()
+        return full_vae.smaller_plan(plan, latent.shape, "decode")
+
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.empty_cache()
+    cap = torch.cuda.memory_reserved(CUDA) + int(0.7 * peak)
+    torch.cuda.set_per_process_memory_fraction(cap / total, CUDA)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            full_vae.decode(latent)
+        torch.cuda.empty_cache()
+        got = full_vae.decode(latent, recover=recover)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+    assert tried
+    assert tried[0] is None
+    assert difference(got, whole) <= 0.1
+
+
+@pytest.mark.parametrize("plan", [None, TilePlan(tile=4)], ids=["whole", "tiles"])
+def test_memory_does_not_grow_with_length(family: str, small_vae: Make, plan: Any) -> None:
+    vae = small_vae(family, torch.float32).to(CUDA)
+    peak_of(vae, latent_of(vae, 9, 8), plan)  # workspaces that stay
+    assert peak_of(vae, latent_of(vae, 101, 8), plan) <= peak_of(vae, latent_of(vae, 9, 8), plan) + 2**20
+
+
+@pytest.mark.parametrize("plan", [None, TilePlan(tile=16)], ids=["whole", "tiles"])
+def test_the_planner_keeps_its_promise(full_vae: VideoVAE, plan: Any) -> None:
+    latent = latent_of(full_vae, 6, 40).to(torch.bfloat16)
+    promised = full_vae.describe_plan(plan, latent.shape, "decode").device_bytes
+    assert peak_of(full_vae, latent, plan) <= 1.1 * promised
+
+
+def test_the_margin_of_this_gpu_is_measured(full_vae: VideoVAE) -> None:
+    """What the nodes learn after the first pieces: a figure above 1 that the run itself stays below."""
+    latent = latent_of(full_vae, 6, 40).to(torch.bfloat16)
+    predicted = int(full_vae.describe_plan(None, latent.shape, "decode").device_bytes / MARGIN)
+    in_use = peak_of(full_vae, latent)
+    margin = measured_margin(in_use, predicted)
+    assert margin is not None
+    assert in_use < margin * predicted
