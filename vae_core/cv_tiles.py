@@ -11,52 +11,20 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cv_vae import CVVAE, GROUPS, ResidualBlock, Upsample
-from .layers import PaddedConv3d, per_frame
+from .conv_input import Piece
+from .cv_vae import CVVAE, ResidualBlock, Statistics, Upsample, activated
+from .layers import PaddedConv3d, builds_graph, channels_last, join, per_frame
 from .regions import ENLARGE, HALVE_LEFT, HALVE_RIGHT, Reach, Region, full, grid, same
 from .shelves import Shelf
 from .tiles import AnyPlan, ReferencePlan, TilePlan, run_tiled
 from .windows import SPACE
 
 Layer = Callable[[Tensor], Tensor]
-
-
-class Statistics:
-    """Mean and variance of every norm group of every batch row, pooled over parts in float32 or better."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | None = None  # b groups
-        self.squares: Tensor | None = None  # b groups; sum of squared differences from the mean
-
-    def add(self, x: Tensor) -> None:
-        """Pool with the values of (b, c, t, h, w)."""
-        values = x.reshape(x.shape[0], GROUPS, -1).to(torch.promote_types(x.dtype, torch.float32))
-        count = values.shape[-1]
-        variance, mean = torch.var_mean(values, dim=-1, correction=0)
-        squares = variance * count
-        if self.mean is not None and self.squares is not None:
-            total = self.count + count
-            difference = mean - self.mean
-            squares = self.squares + squares + difference.square() * (self.count * count / total)
-            mean = self.mean + difference * (count / total)
-        self.mean, self.squares = mean, squares
-        self.count += count
-
-    def normalise(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
-        """(b, c, t, h, w) by these statistics, then the norm's weight and bias."""
-        assert self.mean is not None
-        assert self.squares is not None
-        b, c = x.shape[:2]
-        mean = self.mean.repeat_interleave(c // GROUPS, dim=1).flatten()
-        variance = (self.squares / self.count).repeat_interleave(c // GROUPS, dim=1).flatten()
-        weight, bias = (p.to(mean.dtype).repeat(b) for p in (norm.weight, norm.bias))
-        # a batch norm with given statistics does this in one pass, in the precision of the statistics
-        y = F.batch_norm(x.reshape(1, b * c, *x.shape[2:]), mean, variance, weight, bias, eps=norm.eps)
-        return y.view(b, c, *x.shape[2:])
+Pieces = list[tuple[int, Tensor]]  # (first frame, frames)
+STRIPS_ABOVE = 1280 * 2**20  # bytes of a layer's activations from which on a whole chunk runs in strips of rows
+STRIP_BYTES, MOST_STRIPS = 256 * 2**20, 6
 
 
 class Canvas:
@@ -66,23 +34,39 @@ class Canvas:
         self.shelf = shelf
         self.size = size  # height, width
         self.data = data  # b c t h w
-        self.statistics = Statistics()
+        self._statistics = Statistics()
 
-    @classmethod
-    def of(cls, x: Tensor, shelf: Shelf) -> Canvas:
-        """A canvas that shows `x`, measured."""
-        canvas = cls(shelf, (x.shape[-2], x.shape[-1]), shelf.keep(x))
-        canvas.statistics.add(x)
-        return canvas
-
-    def write(self, region: Region, x: Tensor) -> None:
+    def write(self, region: Region, pieces: Pieces, *, plus: Tensor | None = None, measure: bool = True) -> None:
+        """Write pieces (first frame, frames), in order, of this part of the frame, with `plus` added to them."""
+        first, x = pieces[-1]
+        here = x.device.type == self.shelf.home.type
+        if self.data is None and plus is None and len(pieces) == 1 and here and region == full(self.size):
+            self.data = x  # measured when it is asked for
+            return
         if self.data is None:
-            self.data = self.shelf.empty((*x.shape[:3], *self.size), x)
-        region.of(self.data).copy_(x)
+            self.data = self.shelf.empty((*x.shape[:2], first + x.shape[2], *self.size), x)
+        out = region.of(self.data)
+        if plus is None and here:
+            join([x for _, x in pieces], out)
+        else:
+            x = pieces[0][1] if len(pieces) == 1 else torch.cat([x for _, x in pieces], dim=2)
+            if plus is not None and here:
+                torch.add(x, plus, out=out)
+            else:
+                out.copy_(x if plus is None else x.add_(plus))
+        if measure:
+            for x in [out] if here else [x for _, x in pieces]:
+                self._statistics.add(x)
 
     def read(self, region: Region, device: torch.device) -> Tensor:
         assert self.data is not None
         return self.shelf.fetch(region.of(self.data), device)
+
+    def statistics(self, device: torch.device) -> Statistics:
+        """Those of what was written."""
+        if not self._statistics.count:
+            self._statistics.add(self.read(full(self.size), device))
+        return self._statistics
 
 
 def reach_of_down(layer: PaddedConv3d) -> Reach:
@@ -98,6 +82,11 @@ class TiledChunk:
         self.size = size
         self.shelf = shelf
         self.device = device
+        self.spare: Tensor | None = None  # what a block of this level used, for the next
+
+    def parts(self, source: Canvas, size: tuple[int, int]) -> list[Region]:
+        """The parts in which a layer makes its output of `size`."""
+        return [tile.scaled(size[0] // self.size[0]) for tile in self.tiles]
 
     def run(
         self,
@@ -110,33 +99,33 @@ class TiledChunk:
         onto: Tensor | None = None,
         measure: bool = True,
     ) -> Canvas:
-        """`layer` over all tiles of `source`, behind `norm` and SiLU where given; `add` is added to its output.
+        """`layer` over all parts of `source`, behind `norm` and SiLU where given; `add` is added to its output.
 
         onto: where to write instead of a new tensor. measure: whether the next layer needs the statistics.
         """
         size = reach.out_size(source.size[0]), reach.out_size(source.size[1])
         out = Canvas(self.shelf, size, onto)
-        for tile in self.tiles:
-            core = tile.scaled(size[0] // self.size[0])
+        statistics = None if norm is None else source.statistics(self.device)
+        for core in self.parts(source, size):
             region = core.needed(reach, source.size)
             x = source.read(region, self.device)
-            if norm is not None:
-                x = F.silu(source.statistics.normalise(x, norm), inplace=True)
-            y = core.of(layer(x), region.covered(reach))
+            if norm is not None and statistics is not None:
+                x = statistics.input([Piece(None, 0, x)], norm)
+            pieces = layer.pieces(layer.padded_in_space(x)) if isinstance(layer, PaddedConv3d) else [(0, layer(x))]
             del x
-            if add is not None:
-                y = y.add_(add(core))
-            out.write(core, y)
-            if measure:
-                out.statistics.add(y)
-            del y  # not while the next tile runs
+            pieces = [(first, core.of(y, region.covered(reach))) for first, y in pieces]
+            out.write(core, pieces, plus=None if add is None else add(core), measure=measure)
+            del pieces  # not while the next part runs
         return out
 
     def residual(self, x: Canvas, block: ResidualBlock) -> Canvas:
         """A residual block. Its output replaces its input where it is not wider."""
         assert x.data is not None
-        y = self.run(x, block.conv1, same(1), norm=block.norm1)
         width = block.conv1.out_channels
+        fits = self.spare is not None and self.spare.shape[1:] == (width, *x.data.shape[2:])
+        spare, self.spare = self.spare, None
+        y = self.run(x, block.conv1, same(1), norm=block.norm1, onto=spare if fits else None)
+        self.spare = y.data
         return self.run(
             y,
             lambda h: per_frame(block.conv2, h),
@@ -146,23 +135,53 @@ class TiledChunk:
             onto=x.data[:, :width] if width <= x.data.shape[1] else None,
         )
 
+    def enlarge(self, x: Canvas, layer: Upsample) -> Canvas:
+        """Twice the size in space."""
+        return self.run(x, layer, ENLARGE)
+
     def level(self, x: Canvas, blocks: nn.Module) -> Canvas:
         """The blocks of one level, and the layer that changes the size behind them."""
         for block in blocks.children():
+            if not isinstance(block, ResidualBlock):
+                self.spare = None
             if isinstance(block, ResidualBlock):
                 x = self.residual(x, block)
             elif isinstance(block, Upsample):
-                x = self.run(x, block, ENLARGE)
+                x = self.enlarge(x, block)
             else:
                 down = cast("PaddedConv3d", block)
                 x = self.run(x, down, reach_of_down(down))
         return x
 
 
+class WholeChunk(TiledChunk):
+    """One chunk as a whole; where a layer's activations are large, in strips of rows, so that little else is held."""
+
+    def __init__(self, size: tuple[int, int], device: torch.device) -> None:
+        super().__init__([full(size)], size, Shelf(device), device)
+
+    def parts(self, source: Canvas, size: tuple[int, int]) -> list[Region]:
+        assert source.data is not None
+        nbytes = source.data.nbytes * (size[0] * size[1]) // (source.size[0] * source.size[1])
+        strips = min(MOST_STRIPS, -(-nbytes // STRIP_BYTES))
+        rows = -(-size[0] // strips) if nbytes > STRIPS_ABOVE else size[0]
+        return grid(full(size), (rows, size[1]))
+
+    def enlarge(self, x: Canvas, layer: Upsample) -> Canvas:
+        y = layer(x.read(full(x.size), self.device))  # it writes all of its output, and holds a quarter of it besides
+        return Canvas(self.shelf, (y.shape[-2], y.shape[-1]), y)
+
+    def residual(self, x: Canvas, block: ResidualBlock) -> Canvas:
+        if len(self.parts(x, x.size)) > 1:
+            return super().residual(x, block)
+        return Canvas(self.shelf, x.size, block(x.read(full(x.size), self.device)))
+
+
 def decode_tiled(model: CVVAE, latent: Tensor, chunk: TiledChunk) -> Tensor:
     """As `CVVAE.decode`; the result lies where the chunk's canvases wait."""
     decoder = model.decoder
-    x = Canvas.of(decoder.middle(decoder.conv_in(latent)), chunk.shelf)
+    middle = chunk.shelf.keep(decoder.middle(decoder.conv_in(channels_last(latent))))
+    x = Canvas(chunk.shelf, (latent.shape[-2], latent.shape[-1]), middle)
     for blocks in decoder.levels:
         x = chunk.level(x, blocks)
     out = chunk.run(x, decoder.conv_out, same(1), norm=decoder.norm_out, measure=False)
@@ -173,12 +192,12 @@ def decode_tiled(model: CVVAE, latent: Tensor, chunk: TiledChunk) -> Tensor:
 def encode_tiled(model: CVVAE, video: Tensor, chunk: TiledChunk) -> Tensor:
     """Moments of a chunk, as `CVVAE.encode` but not yet cut into mean and logvar."""
     encoder = model.encoder
-    x = Canvas(Shelf(video.device), (video.shape[-2], video.shape[-1]), video)
+    x = Canvas(Shelf(video.device), (video.shape[-2], video.shape[-1]), channels_last(video))
     x = chunk.run(x, encoder.conv_in, same(1))
     for blocks in encoder.levels:
         x = chunk.level(x, blocks)
     y = encoder.middle(x.read(full(x.size), video.device))
-    return encoder.conv_out(F.silu(encoder.norm_out(y)))
+    return encoder.conv_out(activated([(0, y)], encoder.norm_out))
 
 
 class CVPass:
@@ -208,15 +227,18 @@ class CVPass:
     def _run(self, piece: Tensor) -> Tensor:
         if isinstance(self.plan, TilePlan):
             return self._run_tiled(piece, self.plan)
-        run = self.model.decode if self.decoding else self._moments
         if self.plan is None:
-            return run(piece)
+            return self._run_whole(piece)
         latents, pixels = self.plan.latents, self.plan.pixels
         source, target = (latents, pixels) if self.decoding else (pixels, latents)
-        return run_tiled(piece, run, source=source, target=target)
+        return run_tiled(piece, self._run_whole, source=source, target=target)
 
-    def _moments(self, piece: Tensor) -> Tensor:
-        return torch.cat(self.model.encode(piece), dim=1)
+    def _run_whole(self, piece: Tensor) -> Tensor:
+        if builds_graph(piece, self.model):
+            return self.model.decode(piece) if self.decoding else torch.cat(self.model.encode(piece), dim=1)
+        factor = 1 if self.decoding else SPACE
+        chunk = WholeChunk((piece.shape[-2] // factor, piece.shape[-1] // factor), piece.device)
+        return (decode_tiled if self.decoding else encode_tiled)(self.model, piece, chunk)
 
     def _run_tiled(self, piece: Tensor, plan: TilePlan) -> Tensor:
         factor = 1 if self.decoding else SPACE

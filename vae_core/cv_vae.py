@@ -9,18 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .conv_input import Piece, group_input
+from .fused_norm import group_statistics
 from .layers import (
     PaddedConv3d,
     SpacePadding,
-    activate,
     add,
-    enlarged_convolution,
-    parts_to_frames,
+    builds_graph,
+    channels_last,
+    convolve_in_time,
+    join,
+    new_clip,
     per_frame,
+    phase_kernels,
+    prepared,
     single_head_attention,
 )
 from .memory import run_plain
@@ -70,6 +77,48 @@ def _norm(width: int, config: CVVAEConfig) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS, width, eps=config.norm_eps)
 
 
+def activated(pieces: list[tuple[int, Tensor]], norm: nn.GroupNorm) -> Tensor:
+    """Norm and SiLU of a clip in pieces, (first frame, frames) in order; they are let go."""
+    if any(builds_graph(x, norm) for _, x in pieces):
+        x = torch.cat([x for _, x in pieces], dim=2)
+        return F.silu(norm(x))
+    statistics = Statistics.of([x for _, x in pieces])
+    y = statistics.input([Piece(None, start, x) for start, x in pieces], norm)
+    pieces.clear()
+    return y
+
+
+class Statistics:
+    """Mean and variance of every norm group of every batch row, pooled over parts in float32 or better."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.empty(0)  # b groups
+        self.variance = torch.empty(0)  # b groups
+
+    @classmethod
+    def of(cls, parts: Iterable[Tensor]) -> Statistics:
+        statistics = cls()
+        for x in parts:
+            statistics.add(x)
+        return statistics
+
+    def add(self, x: Tensor) -> None:
+        """Pool with the values of (b, c, t, h, w)."""
+        mean, variance, count = group_statistics(x, GROUPS)
+        if self.count:
+            share, difference = count / (self.count + count), mean - self.mean
+            mean = self.mean + difference * share
+            spread = self.variance * (1 - share) + variance * share
+            variance = spread + difference.square() * (share * (1 - share))
+        self.mean, self.variance = mean, variance
+        self.count += count
+
+    def input(self, pieces: list[Piece], norm: nn.GroupNorm) -> Tensor:
+        """The pieces by these statistics, the norm's weight and bias, and SiLU, as one tensor."""
+        return group_input(pieces, self.mean, torch.rsqrt(self.variance + norm.eps), norm.weight, norm.bias)
+
+
 def _encoder_conv(width_in: int, width_out: int, config: CVVAEConfig) -> PaddedConv3d:
     """Causal in time: two copies of the first frame in front."""
     return PaddedConv3d(width_in, width_out, time=(2, 0), time_replicate=True, space_padding=config.space_padding)
@@ -93,9 +142,9 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv3d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(activate(self.norm1(x)))
-        y = activate(self.norm2(y))  # what conv1 gave is let go before conv2 runs
-        y = per_frame(self.conv2, y)
+        """(b, width_in, t, h, w) to (b, width_out, t, h, w)."""
+        y = self.conv1.pieces(self.conv1.padded_in_space(activated([(0, x)], self.norm1)))
+        y = per_frame(self.conv2, activated(y, self.norm2))
         return add(y, self.shortcut(x))
 
 
@@ -151,14 +200,25 @@ class Upsample(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b, width, t, h, w) to (b, width, t or 2t - 1, 2h, 2w)."""
         b, c, t, h, w = x.shape
-        n = self.parts
-        out = x.new_empty(b, c, n * t - (n - 1), 2 * h, 2 * w)
-        padded = F.pad(x, (0, 0, 0, 0, 1, 1), mode="replicate")
-        padded = F.pad(padded, (1, 1, 1, 1, 0, 0), mode="replicate" if self.replicate else "constant")
-        for i, j, y in enlarged_convolution(padded, self.conv.weight, self.conv.bias):
-            frames = parts_to_frames(y, n)  # b c (t parts) h w
-            out[..., i::2, j::2] = frames[:, :, n - 1 :]
+        n, dropped = self.parts, self.parts - 1
+        out = new_clip(x, (b, c, n * t - dropped, 2 * h, 2 * w))
+        if self.replicate:
+            x = F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate")
+        padding = (0, 0) if self.replicate else (1, 1)
+        kernels = prepared(self, "phases", (self.conv.weight,), phase_kernels)
+        for phase, kernel in enumerate(kernels):
+            i, j = divmod(phase, 2)
+            pieces = convolve_in_time(x, kernel, self.conv.bias, (1, 1), (1, 1, 1), padding, replicate=True)
+            pieces = [y[..., i : i + h, j : j + w].chunk(n, dim=1) for _, y in pieces]
+            for part in range(n):
+                frames = [piece[part] for piece in pieces]
+                if part < dropped:
+                    frames[0] = frames[0][:, :, 1:]
+                join(frames, out[:, :, (part - dropped) % n :: n, i::2, j::2])
+                del frames
+            del pieces  # not while the next phase is computed
         return out
 
 
@@ -201,11 +261,11 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, *, checkpointing: bool = False) -> Tensor:
         """(b, 3, 1 + 4n, h, w) to moments (b, 2z, 1 + n, h/8, w/8)."""
-        x = self.conv_in(x)
+        x = self.conv_in(channels_last(x))
         for level in self.levels:
             x = _run(level.children(), x, checkpointing=checkpointing)
         x = _run(self.middle, x, checkpointing=checkpointing)
-        return self.conv_out(activate(self.norm_out(x)))
+        return self.conv_out(activated([(0, x)], self.norm_out))
 
 
 class Decoder(nn.Module):
@@ -232,11 +292,11 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, *, checkpointing: bool = False) -> Tensor:
         """(b, z, 1 + n, h, w) to (b, 3, 1 + 4n, 8h, 8w)."""
-        x = self.conv_in(z)
+        x = self.conv_in(channels_last(z))
         x = _run(self.middle, x, checkpointing=checkpointing)
         for level in self.levels:
             x = _run(level.children(), x, checkpointing=checkpointing)
-        return self.conv_out(activate(self.norm_out(x)))
+        return self.conv_out(activated([(0, x)], self.norm_out))
 
 
 class CVVAE(nn.Module):

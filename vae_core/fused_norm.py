@@ -286,7 +286,7 @@ def _into_new(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return fresh
 
 
-def _define(schema: str, run: Callable[..., object], shape: Callable[..., object]) -> None:
+def define(schema: str, run: Callable[..., object], shape: Callable[..., object]) -> None:
     """Register an operator, once per process, however often this file is loaded."""
     name = schema.split("(")[0]
     if hasattr(torch.ops.cviv, name):
@@ -299,11 +299,11 @@ def _define(schema: str, run: Callable[..., object], shape: Callable[..., object
 _library = torch.library.Library("cviv", "FRAGMENT")
 _RMS = "Tensor x, Tensor gain, *, int halves, bool silu"
 _GROUP = "Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, *, bool silu"
-_define(f"rms_norm_silu({_RMS}) -> Tensor", _into_new(_rms_norm_silu), _into_new(_nothing))
-_define(f"rms_norm_silu_({_RMS}, Tensor(a!) out) -> Tensor(a!)", _rms_norm_silu, _nothing)
-_define(f"group_norm_silu({_GROUP}) -> Tensor", _into_new(_group_norm_silu), _into_new(_nothing))
-_define(f"group_norm_silu_({_GROUP}, Tensor(a!) out) -> Tensor(a!)", _group_norm_silu, _nothing)
-_define("group_statistics(Tensor x, int groups) -> (Tensor, Tensor)", _group_statistics, _no_statistics)
+define(f"rms_norm_silu({_RMS}) -> Tensor", _into_new(_rms_norm_silu), _into_new(_nothing))
+define(f"rms_norm_silu_({_RMS}, Tensor(a!) out) -> Tensor(a!)", _rms_norm_silu, _nothing)
+define(f"group_norm_silu({_GROUP}) -> Tensor", _into_new(_group_norm_silu), _into_new(_nothing))
+define(f"group_norm_silu_({_GROUP}, Tensor(a!) out) -> Tensor(a!)", _group_norm_silu, _nothing)
+define("group_statistics(Tensor x, int groups) -> (Tensor, Tensor)", _group_statistics, _no_statistics)
 
 
 # --- Triton ------------------------------------------------------------------------------------------------------

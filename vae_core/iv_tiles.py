@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .iv_vae import IVVAE, Downsample, ResidualBlock, SeparatedConv, Upsample
+from .iv_layers import ResidualBlock, SeparatedConv
+from .iv_vae import IVVAE, Downsample, Upsample
 from .memory import Memory, StreamingLayer
 from .regions import ENLARGE, HALVE_RIGHT, Reach, Region, chain_regions, full, grid, same
 from .shelves import Shelf, ShelvedMemory

@@ -16,12 +16,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import activate, add, enlarged_convolution, parts_to_frames, per_frame, single_head_attention
-from .memory import Memory, StreamingLayer, name_slots, run_block
+from .iv_layers import GroupedCausalConv3d, ResidualBlock, RMSNorm, SeparatedConv
+from .layers import (
+    clip_of,
+    concatenated,
+    enlarging_kernel,
+    frames_of,
+    parts_to_frames,
+    per_frame,
+    prepared,
+    single_head_attention,
+)
+from .memory import Memory, name_slots, run_block
 
 GROUP = 4  # frames of every group but the first, which is one frame
 DILATIONS = (3, 6, 9, 12)
-EPS = 1e-12  # shortest length that RMSNorm divides by
 ENCODER_FINE = 9  # stages of the encoder in front of its first attention
 DECODER_COARSE = 6  # stages of the decoder up to its last attention
 
@@ -51,104 +60,6 @@ class IVVAEConfig:
                 f"IV-VAE needs a finite, nonzero scale_factor and a finite shift_factor; got {self.scale_factor} "
                 f"and {self.shift_factor}."
             )
-
-
-class RMSNorm(nn.Module):
-    """L2-normalise `halves` equal parts of the channels at every position, times sqrt(part width), times gamma."""
-
-    def __init__(self, width: int, *, halves: int, dims: int) -> None:
-        super().__init__()
-        self.halves = halves
-        self.scale = math.sqrt(width // halves)
-        self.gamma = nn.Parameter(torch.ones(width, *(1,) * dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = x.unflatten(1, (self.halves, -1))
-        if x.dtype in (torch.float16, torch.bfloat16):  # squares would overflow; this sums them in float32
-            length = torch.linalg.vector_norm(parts, dim=2, keepdim=True).clamp_min(EPS)
-        else:  # the same; vector_norm is slow on a CPU along an axis that is not the last
-            length = parts.square().sum(dim=2, keepdim=True).clamp_min(EPS**2).sqrt()
-        y, gamma = (parts / length).flatten(1, 2), self.scale * self.gamma
-        return y * gamma if y.requires_grad or gamma.requires_grad else y.mul_(gamma)
-
-
-class GroupedCausalConv3d(StreamingLayer):
-    """3x3x3 over one group: in front the last frame this layer saw before, behind a zero frame; space padded by zeros.
-
-    The first frame of a video is a group of its own and has itself in front.
-    """
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width_out, width_in, 3, 3, 3))
-        self.bias = nn.Parameter(torch.zeros(width_out))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        """(b, width_in, t, h, w) to (b, width_out, t, h, w)."""
-        front = memory.get(self.slot)
-        memory.put(self.slot, x[:, :, -1:].clone())
-        if front is None:  # it would be the frame itself
-            first, middle, _ = self.weight.split(1, dim=2)
-            return F.conv3d(x, first + middle, self.bias, padding=(0, 1, 1))
-        x = torch.cat((front, x), dim=2)  # b c 1+t h w
-        last = F.conv3d(x[:, :, -2:], self.weight[:, :, :2], self.bias, padding=(0, 1, 1))  # a zero frame adds nothing
-        if x.shape[2] == 2:
-            return last
-        x = F.conv3d(x, self.weight, self.bias, padding=(0, 1, 1))
-        return torch.cat((x, last), dim=2)
-
-
-class SeparatedConv(nn.Module):
-    """Two kernels that both read all channels: `conv_2d` writes the first half, frame by frame, `conv_3d` the second.
-
-    `width_out` counts one half. With `kernel` 1 neither carries anything from frame to frame.
-    """
-
-    def __init__(self, width_in: int, width_out: int, *, kernel: int) -> None:
-        super().__init__()
-        self.conv_2d = nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2)
-        if kernel == 1:
-            self.conv_3d = nn.Conv3d(width_in, width_out, 1)
-        else:
-            self.conv_3d = GroupedCausalConv3d(width_in, width_out)
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        second = self.conv_3d(x, memory) if isinstance(self.conv_3d, GroupedCausalConv3d) else self.conv_3d(x)
-        return torch.cat((per_frame(self.conv_2d, x), second), dim=1)  # b 2c t h w
-
-
-class FrameConv(nn.Module):
-    """One 3x3 convolution of full width, frame by frame: the purely 2-D stages."""
-
-    def __init__(self, width_in: int, width_out: int, *, kernel: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2 * width_in, 2 * width_out, kernel, padding=kernel // 2)
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        return per_frame(self.conv, x)
-
-
-class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, plus the input; `two_d` for the purely 2-D stages. Widths count one half."""
-
-    def __init__(self, width_in: int, width: int, *, two_d: bool) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(2 * width_in, halves=2, dims=3)
-        self.norm2 = RMSNorm(2 * width, halves=2, dims=3)
-        if two_d:
-            self.conv1 = FrameConv(width_in, width, kernel=3)
-            self.conv2 = FrameConv(width, width, kernel=3)
-        else:
-            self.conv1 = SeparatedConv(2 * width_in, width, kernel=3)
-            self.conv2 = SeparatedConv(2 * width, width, kernel=3)
-        self.shortcut = SeparatedConv(2 * width_in, width, kernel=1) if width_in != width else None
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv1(activate(self.norm1(x)), memory)
-        y = activate(self.norm2(y))  # what conv1 gave is let go before conv2 runs
-        y = self.conv2(y, memory)
-        return add(y, x if self.shortcut is None else self.shortcut(x, memory))
 
 
 class FrameAttention(nn.Module):
@@ -193,13 +104,16 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(width, width, (2, 1, 1), stride=(2, 1, 1)) if halve_time else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        first, second = F.pad(x, (0, 1, 0, 1)).chunk(2, dim=1)
-        first = per_frame(self.conv_2d, first)
-        second = per_frame(self.conv_3d, second)
-        if self.time_conv is not None and x.shape[2] > 1:
-            first = first[:, :, ::2]
-            second = self.time_conv(second)
-        return torch.cat((first, second), dim=1)
+        """(b, 2 width, t, h, w) to (b, 2 width, t or t / 2, h / 2, w / 2)."""
+        x = F.pad(x, (0, 1, 0, 1))
+        if self.time_conv is None or x.shape[2] == 1:
+            y = F.conv2d(
+                frames_of(x), *_side_by_side(self, self.conv_2d, self.conv_3d, enlarging=False), stride=2, groups=2
+            )
+            return clip_of(y, x.shape[0])
+        first, second = x.chunk(2, dim=1)
+        first = per_frame(self.conv_2d, first[:, :, ::2])
+        return torch.cat((first, self.time_conv(per_frame(self.conv_3d, second))), dim=1)
 
 
 class Upsample(nn.Module):
@@ -212,24 +126,37 @@ class Upsample(nn.Module):
         self.time_conv = nn.Conv3d(width, 2 * width, 1) if double_time else None
 
     def forward(self, x: Tensor, memory: Memory, *, first_group: bool) -> Tensor:
+        """(b, 2 width, t, h, w) to (b, width, t or 2t, 2h, 2w)."""
+        if self.time_conv is None or first_group:
+            return _enlarged(x, *_side_by_side(self, self.conv_2d, self.conv_3d, enlarging=True), groups=2)
         first, second = x.chunk(2, dim=1)
-        repeats = 1
-        if self.time_conv is not None and not first_group:
-            repeats = 2
-            second = parts_to_frames(self.time_conv(second), 2)
-        b, c, t, h, w = second.shape
-        out = x.new_empty(b, c, t, 2 * h, 2 * w)  # both halves, each half as wide as before
-        _enlarge(first, self.conv_2d, out[:, : c // 2], repeats)
-        _enlarge(second, self.conv_3d, out[:, c // 2 :], 1)
-        return out
+        kernels = (
+            prepared(conv, "enlarging", (conv.weight,), enlarging_kernel) for conv in (self.conv_2d, self.conv_3d)
+        )
+        first = _enlarged(first, next(kernels), self.conv_2d.bias)  # once for both frames of a pair
+        second = _enlarged(parts_to_frames(self.time_conv(second), 2), next(kernels), self.conv_3d.bias)
+        return torch.cat((first.repeat_interleave(2, dim=2), second), dim=1)
 
 
-def _enlarge(x: Tensor, conv: nn.Conv2d, out: Tensor, repeats: int) -> None:
-    """Nearest x2 in space and `conv`, every frame `repeats` times, written to `out`."""
-    frames = F.pad(rearrange(x, "b c t h w -> (b t) c h w"), (1, 1, 1, 1))
-    for i, j, y in enlarged_convolution(frames, conv.weight, conv.bias):
-        y = rearrange(y, "(b t) c h w -> b c t h w", b=x.shape[0])
-        out[..., i::2, j::2] = y.repeat_interleave(repeats, dim=2) if repeats > 1 else y
+def _side_by_side(layer: nn.Module, first: nn.Conv2d, second: nn.Conv2d, *, enlarging: bool) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one convolution in two groups that does what the two do to their halves."""
+    assert first.bias is not None
+    assert second.bias is not None
+    make = _enlarging_groups if enlarging else concatenated
+    return (
+        prepared(layer, "weight", (first.weight, second.weight), make),
+        prepared(layer, "bias", (first.bias, second.bias), concatenated),
+    )
+
+
+def _enlarging_groups(*weights: Tensor) -> Tensor:
+    return torch.cat([enlarging_kernel(weight) for weight in weights])
+
+
+def _enlarged(x: Tensor, kernel: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+    """Nearest x2 in space and a 3x3 convolution, as a transposed convolution."""
+    y = F.conv_transpose2d(frames_of(x), kernel, bias, stride=2, padding=1, groups=groups)
+    return clip_of(y, x.shape[0])
 
 
 class ParallelAtrousConv(nn.Module):
@@ -297,7 +224,7 @@ class Encoder(nn.Module):
         """The rest, attention included: (b, 8 dim, 1, h, w) to (b, 2z, 1, h, w)."""
         for block in (*self.stages[ENCODER_FINE:], *self.middle):
             x = run_block(block, x, memory, checkpointing=checkpointing)
-        return per_frame(self.pac, activate(self.norm_out(x)))
+        return per_frame(self.pac, self.norm_out.activated(x))
 
     def forward(self, x: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
         """(b, 3, 1 or 4, h, w) to (b, 2z, 1, h/8, w/8)."""
@@ -351,8 +278,16 @@ class Decoder(nn.Module):
             return block(x, memory, first_group=last.slot not in memory)
         if block is not self.conv_out:
             return run_block(block, x, memory, checkpointing=checkpointing)
-        keyframe, others = self.conv_out(activate(self.norm_out(x)), memory).chunk(2, dim=1)
-        return torch.cat((keyframe[:, :, :1], others[:, :, 1:]), dim=2)
+        return self._pixels(self.norm_out.activated(x), memory)
+
+    def _pixels(self, x: Tensor, memory: Memory) -> Tensor:
+        """The first frame of a group by the 2-D kernel, the others by the 3-D one, which sees no earlier group."""
+        conv_3d = cast("GroupedCausalConv3d", self.conv_out.conv_3d)
+        b, _, _, h, w = x.shape
+        memory.put(conv_3d.slot, x.new_empty(b, 0, 1, h, w))  # only to say that the first group is over
+        keyframe = per_frame(self.conv_out.conv_2d, x[:, :, :1])
+        others = conv_3d.pieces(x) if x.shape[2] > 1 else []
+        return torch.cat((keyframe, *(piece.x for piece in others)), dim=2)
 
     def forward(self, z: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
         """(b, z, 1, h, w) to (b, 3, 1 or 4, 8h, 8w): one frame for the first latent, four for a later one."""

@@ -153,7 +153,21 @@ def _with_halo(tile: Region, size: tuple[int, int], halo: int = 7) -> Region:
 def meta_model(config: Config, dtype: torch.dtype) -> Model:
     """The model without data."""
     with torch.inference_mode(False), META:
-        return build(config).to(dtype).requires_grad_(False).eval()
+        model = build(config).to(dtype).requires_grad_(False).eval()
+        for decoding in (True, False):  # so that the kernels that layers prepare are there, as weights are
+            _run_tiny(model, decoding=decoding)
+        return model
+
+
+def _run_tiny(model: Model, *, decoding: bool) -> None:
+    cv = isinstance(model, CVVAE)
+    work = CVPass(model, None, decoding=decoding) if cv else IVPass(model, None, decoding=decoding)
+    task = Task(
+        config=model.config, dtype=next(model.parameters()).dtype, decoding=decoding, batch=1, latents=2, size=(2, 2)
+    )
+    for n in range(1 if cv else 2):
+        work.begin(_piece(task, first=n == 0, latents=2 if cv else 1))
+        work.finish()
 
 
 @lru_cache(maxsize=4096)

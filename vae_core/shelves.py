@@ -15,8 +15,9 @@ class Shelf:
         self.home = home
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor to be filled part by part."""
-        return torch.empty(shape, dtype=like.dtype, device=self.home)
+        """An uninitialised (b, c, t, h, w) to be filled part by part."""
+        layout = torch.channels_last_3d
+        return torch.empty(shape, dtype=like.dtype, device=self.home, memory_format=layout)
 
     def keep(self, x: Tensor) -> Tensor:
         """`x` as it waits."""

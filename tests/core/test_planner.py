@@ -162,8 +162,9 @@ def test_ram_is_counted_for_what_waits_there(full_vae: VideoVAE) -> None:
 
 def test_bytes_follow_size_dtype_length_and_plan(full_vae: VideoVAE) -> None:
     whole = full_vae.decode_bytes(45, 80)
-    assert full_vae.decode_bytes(90, 80) == pytest.approx(2 * whole, rel=0.02)
-    assert full_vae.decode_bytes(45, 80, dtype=torch.float32) == pytest.approx(2 * whole, rel=0.02)
+    # large frames run in strips, which need less
+    assert 1.1 * whole <= full_vae.decode_bytes(90, 80) <= 2.02 * whole
+    assert 1.1 * whole <= full_vae.decode_bytes(45, 80, dtype=torch.float32) <= 2.02 * whole
     assert full_vae.decode_bytes(45, 80, frames=1) < 0.6 * whole
     assert full_vae.decode_bytes(45, 80, frames=1001) == whole
     assert full_vae.decode_bytes(45, 80, plan=TilePlan(tile=16)) < 0.8 * whole
@@ -238,7 +239,7 @@ def test_whole_frames_come_first(full_vae: VideoVAE) -> None:
 
 def test_convolutions_stay_below_two_to_the_31_elements() -> None:
     vae = VideoVAE(meta_model(FULL["cv-vae"], torch.bfloat16))
-    plan = vae.plan_decode(latent_shape(vae))  # whole: 256 channels x 17 x 720 x 1280 elements
+    plan = vae.plan_decode(latent_shape(vae, 5, 270, 480))  # whole: 128 channels x 17 x 2160 x 3840 elements
     assert isinstance(plan.tiles, TilePlan)
 
 
