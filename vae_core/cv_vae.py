@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -207,15 +208,19 @@ class Upsample(nn.Module):
         if self.replicate:
             x = F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate")
         padding = (0, 0) if self.replicate else (1, 1)
-        kernels = prepared(self, "phases", (self.conv.weight,), phase_kernels)
+        make = partial(phase_kernels, dtype=x.dtype)
+        kernels, bias = prepared(self, "phases", (self.conv.weight,), make), self.conv.bias
         for phase, kernel in enumerate(kernels):
             i, j = divmod(phase, 2)
-            pieces = convolve_in_time(x, kernel, self.conv.bias, (1, 1), (1, 1, 1), padding, replicate=True)
-            pieces = [y[..., i : i + h, j : j + w].chunk(n, dim=1) for _, y in pieces]
+            pieces = convolve_in_time(
+                x, kernel, bias, (1, 1), (1, 1, 1), padding, replicate=True, skipped=c if dropped else 0
+            )
+            pieces = [y[..., i : i + h, j : j + w] for _, y in pieces]
             for part in range(n):
-                frames = [piece[part] for piece in pieces]
+                # of the first frame the first part is dropped, and may not have been computed
+                frames = [y[:, -c:] if part else y[:, :c] for y in pieces]
                 if part < dropped:
-                    frames[0] = frames[0][:, :, 1:]
+                    frames = [frames[0][:, :, 1:], *frames[1:]]
                 join(frames, out[:, :, (part - dropped) % n :: n, i::2, j::2])
                 del frames
             del pieces  # not while the next phase is computed

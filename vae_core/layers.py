@@ -127,11 +127,12 @@ def concatenated(*weights: Tensor) -> Tensor:
     return torch.cat(weights)
 
 
-def phase_kernels(weight: Tensor) -> Tensor:
+def phase_kernels(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(4, out, in, 3, 2, 2): the kernels by which the pixels of rows i, i + 2, ... and columns j, j + 2, ... of a clip
     enlarged by nearest x2 see the small one through `weight` (out, in, 3, 3, 3), (i, j) = (0, 0), (0, 1), (1, 0), ...
+    In `dtype`, where it is given.
     """
-    sums = _neighbouring_taps(weight)
+    sums = _neighbouring_taps(weight).to(dtype or weight.dtype)
     return torch.stack([sums[..., i::2, j::2] for i in (0, 1) for j in (0, 1)])
 
 
@@ -213,9 +214,11 @@ def convolve_in_time(
     stride: Triple,
     padding: tuple[int, int],
     replicate: bool,
+    skipped: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
     """A convolution with `time` frames of padding in front and behind, as (first frame, frames) in order.
 
+    skipped: channels of the very first frame that nobody needs; where it stands alone they are not computed.
     Frames at either end, which see repeated frames or zeros, get a kernel of the taps that are left. Where the weights
     are larger than the clip it is padded instead: making such kernels would cost more than it saves.
     """
@@ -226,7 +229,9 @@ def convolve_in_time(
     for part in parts_in_time(x.shape[2], stride[0], time, replicate):
         kernel = weight if part.taps == WHOLE else torch.cat([_summed(weight, taps) for taps in part.taps], dim=2)
         frames = x[:, :, part.source : part.source + stride[0] * (part.length - 1) + len(part.taps)]
-        yield part.start, convolve(frames, kernel, bias, stride=stride, padding=(0, *padding))
+        first = skipped if part.start == 0 and part.length == 1 else 0
+        own = None if bias is None else bias[first:]
+        yield part.start, convolve(frames, kernel[first:], own, stride=stride, padding=(0, *padding))
 
 
 def _summed(weight: Tensor, taps: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import vae_core
-from vae_core import Plan, ReferencePlan, TilePlan
+from vae_core import Plan, ReferencePlan, TilePlan, fused_norm
 from vae_core.codec import VideoVAE
 from vae_core.cv_vae import CVVAEConfig
 from vae_core.iv_vae import IVVAEConfig
@@ -114,6 +114,7 @@ def test_the_prediction_is_what_a_run_needs(full_vae: VideoVAE, plan: Any, decod
     shape = latent_shape(full_vae, 6, 20, 24) if decoding else (1, 3, 21, 160, 192)
     described = full_vae.describe_plan(plan, shape, "decode" if decoding else "encode")
     predicted = described.device_bytes / MARGIN
+    counted(full_vae, latent_shape(full_vae, 2, 2, 2) if decoding else (1, 3, 5, 16, 16), decoding, None)  # kernels
     real = counted(full_vae, shape, decoding, plan)
     assert real <= 1.001 * predicted
     assert predicted <= 1.05 * real
@@ -121,11 +122,13 @@ def test_the_prediction_is_what_a_run_needs(full_vae: VideoVAE, plan: Any, decod
 
 @pytest.mark.parametrize("plan", [None, TilePlan(tile=8)], ids=["whole", "8"])
 def test_the_promise_holds_for_real_tensors(
-    family: str, small_vae: Callable[..., VideoVAE], plan: TilePlan | None
+    family: str, small_vae: Callable[..., VideoVAE], plan: TilePlan | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With data, on the CPU, every tile of every piece of a stream: live tensors are within 10 % of the prediction."""
+    monkeypatch.setattr(fused_norm, "CPU_SLAB", 2**12)  # what norms hold in between is small against real frames only
     vae = small_vae(family, torch.float32)
     channels, latents, size = vae.info.latent_channels, 6, (9, 10)
+    vae.decode(torch.zeros(1, channels, 2, 2, 2))  # prepares kernels
     predicted = vae.describe_plan(plan, (1, channels, latents, *size), "decode").device_bytes / MARGIN
     pieces = (torch.zeros(1, channels, 1, *size) for _ in range(latents))
     with MemoryProfile() as profile:
@@ -163,8 +166,8 @@ def test_ram_is_counted_for_what_waits_there(full_vae: VideoVAE) -> None:
 def test_bytes_follow_size_dtype_length_and_plan(full_vae: VideoVAE) -> None:
     whole = full_vae.decode_bytes(45, 80)
     # large frames run in strips, which need less
-    assert 1.1 * whole <= full_vae.decode_bytes(90, 80) <= 2.02 * whole
-    assert 1.1 * whole <= full_vae.decode_bytes(45, 80, dtype=torch.float32) <= 2.02 * whole
+    assert 1.1 * whole <= full_vae.decode_bytes(90, 80) <= 2.25 * whole
+    assert 1.1 * whole <= full_vae.decode_bytes(45, 80, dtype=torch.float32) <= 2.25 * whole
     assert full_vae.decode_bytes(45, 80, frames=1) < 0.6 * whole
     assert full_vae.decode_bytes(45, 80, frames=1001) == whole
     assert full_vae.decode_bytes(45, 80, plan=TilePlan(tile=16)) < 0.8 * whole
