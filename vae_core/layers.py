@@ -70,6 +70,13 @@ def new_clip(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
 
 
+def laid_out(weight: Tensor) -> Tensor:
+    """A kernel in the memory layout of the activations, so that no convolution has to change it at every call."""
+    if weight.ndim == 4:
+        return weight.contiguous(memory_format=torch.channels_last)
+    return channels_last(weight) if weight.ndim == 5 else weight
+
+
 def join(pieces: list[Tensor], out: Tensor) -> None:
     """The pieces one after another in time, written to `out`, which may be a part of a tensor."""
     if torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces):
@@ -99,7 +106,7 @@ def prepared(layer: nn.Module, name: str, weights: tuple[Tensor, ...], make: Cal
     key = f"prepared_{name}"
     if layer.__dict__.get(key) != versions:
         with torch.inference_mode(False), torch.no_grad():  # a gradient of the layer's input may need it later
-            value = make(*(weight.to(wide) for weight in weights)).to(weights[0].dtype)
+            value = laid_out(make(*(weight.to(wide) for weight in weights)).to(weights[0].dtype))
         layer.register_buffer(key + "_weight", value, persistent=False)
         layer.__dict__[key] = versions
     return layer.get_buffer(key + "_weight")
@@ -110,7 +117,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Triple =
     if torch.compiler.is_compiling():
         return F.conv3d(x, weight, bias, stride, padding)
     if x.device.type == "cpu" and _suits_onednn(x, weight):
-        return torch.mkldnn_convolution(channels_last(x), weight.contiguous(), bias, padding, stride, (1, 1, 1), 1)
+        return torch.mkldnn_convolution(channels_last(x), channels_last(weight), bias, padding, stride, (1, 1, 1), 1)
     backend = convolution.choose_backend(x.device, x.dtype)
     return convolution.convolve(x, weight, bias, stride=stride, padding=padding, backend=backend)
 
@@ -133,7 +140,8 @@ def phase_kernels(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     In `dtype`, where it is given.
     """
     sums = _neighbouring_taps(weight).to(dtype or weight.dtype)
-    return torch.stack([sums[..., i::2, j::2] for i in (0, 1) for j in (0, 1)])
+    kernels = [sums[..., i::2, j::2].movedim(1, -1) for i in (0, 1) for j in (0, 1)]
+    return torch.stack(kernels).movedim(-1, 2)  # each laid out as convolutions want it
 
 
 def enlarging_kernel(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Locator, Page
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 PATIENCE = 30_000  # milliseconds
@@ -59,10 +59,24 @@ def open_templates(page: Page, pack: str) -> None:
     page.locator("[role=dialog]").get_by_text(pack, exact=True).click()
 
 
+def template_card(page: Page, name: str) -> Locator:
+    """The card of a template in the open browser, which makes cards as one scrolls."""
+    card = page.locator(f'[data-testid="template-workflow-{name}"]')
+    cards = page.locator('[data-testid^="template-workflow-"]')
+    cards.first.wait_for()
+    for _ in range(PATIENCE // 250):
+        if card.count():
+            break
+        cards.last.scroll_into_view_if_needed()
+        page.wait_for_timeout(250)
+    card.scroll_into_view_if_needed()
+    return card
+
+
 def open_template(page: Page, pack: str, name: str) -> None:
     """Load a template of `pack` as a user does."""
     open_templates(page, pack)
-    page.locator(f'[data-testid="template-workflow-{name}"]').click()
+    template_card(page, name).click()
     page.locator("[role=dialog]").wait_for(state="hidden")
     page.wait_for_function("window.app.graph._nodes.length > 0")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .browser import open_page, open_template, open_templates, press_run, screenshot
+from .browser import open_page, open_template, open_templates, press_run, screenshot, template_card
 from .checkout import ROOT
 from .place import PACK
 from .server import Server
@@ -47,8 +47,7 @@ def node_of(page: Page, kind: str) -> str:
 def test_templates_are_listed_with_pictures(page: Page, tmp_path: Path) -> None:
     open_templates(page, PACK)
     for path in WORKFLOWS:
-        card = page.locator(f'[data-testid="template-workflow-{path.stem}"]')
-        card.wait_for()
+        card = template_card(page, path.stem)
         picture = card.locator("img").first
         picture.wait_for()
         assert (ROOT / "example_workflows" / f"{path.stem}.jpg").is_file()

