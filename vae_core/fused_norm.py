@@ -296,7 +296,8 @@ def define(schema: str, run: Callable[..., object], shape: Callable[..., object]
     _library.impl(name, shape, "Meta")
 
 
-_library = torch.library.Library("cviv", "FRAGMENT")
+# the same one when this file is read again: operators live as long as their library
+_library: torch.library.Library = globals().get("_library") or torch.library.Library("cviv", "FRAGMENT")
 _RMS = "Tensor x, Tensor gain, *, int halves, bool silu"
 _GROUP = "Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, *, bool silu"
 define(f"rms_norm_silu({_RMS}) -> Tensor", _into_new(_rms_norm_silu), _into_new(_nothing))
