@@ -6,7 +6,7 @@ chunk of 1 + 4n frames or 1 + n latents; a longer clip is cut into chunks of 16 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,7 @@ from .layers import (
     builds_graph,
     channels_last,
     convolve_in_time,
+    forget_prepared,
     join,
     new_clip,
     per_frame,
@@ -315,6 +316,10 @@ class CVVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CVVAE:
+        forget_prepared(self)
+        return super()._apply(fn, recurse)
 
     def encode(self, chunk: Tensor, *, checkpointing: bool = False) -> tuple[Tensor, Tensor]:
         """Moments of one chunk.

@@ -8,6 +8,7 @@ then four frames at a time (one latent each). What passes from group to group li
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 
 from .iv_layers import GroupedCausalConv3d, ResidualBlock, RMSNorm, SeparatedConv
 from .layers import (
+    builds_graph,
     clip_of,
     concatenated,
     enlarging_kernel,
+    forget_prepared,
     frames_of,
     parts_to_frames,
     per_frame,
@@ -282,6 +285,9 @@ class Decoder(nn.Module):
 
     def _pixels(self, x: Tensor, memory: Memory) -> Tensor:
         """The first frame of a group by the 2-D kernel, the others by the 3-D one, which sees no earlier group."""
+        if builds_graph(x, self.conv_out):  # every weight takes part, as trainers expect
+            keyframe, others = self.conv_out(x, memory).chunk(2, dim=1)
+            return torch.cat((keyframe[:, :, :1], others[:, :, 1:]), dim=2)
         conv_3d = cast("GroupedCausalConv3d", self.conv_out.conv_3d)
         b, _, _, h, w = x.shape
         memory.put(conv_3d.slot, x.new_empty(b, 0, 1, h, w))  # only to say that the first group is over
@@ -309,6 +315,10 @@ class IVVAE(nn.Module):
         self.to_moments = SeparatedConv(2 * z, z, kernel=1)
         self.from_latent = SeparatedConv(z, z // 2, kernel=1)
         name_slots(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IVVAE:
+        forget_prepared(self)
+        return super()._apply(fn, recurse)
 
     def encode(self, group: Tensor, memory: Memory, *, checkpointing: bool = False) -> tuple[Tensor, Tensor]:
         """Moments of the next group of a video.

@@ -97,19 +97,26 @@ def builds_graph(x: Tensor, layer: nn.Module) -> bool:
 def prepared(layer: nn.Module, name: str, weights: tuple[Tensor, ...], make: Callable[..., Tensor]) -> Tensor:
     """`make(*weights)`, kept with `layer` until a weight changes, and computed anew where a gradient needs it.
 
-    It moves with the layer and is no part of its state dict. Sums are taken in float32 or better and rounded once.
+    It is no part of the state dict; `forget_prepared` lets it go. Sums are taken in float32 or better and rounded once.
     """
     wide = torch.promote_types(weights[0].dtype, torch.float32)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
         return make(*(weight.to(wide) for weight in weights)).to(weights[0].dtype)
     versions = tuple((w.data_ptr(), w.device, w.dtype, 0 if w.is_inference() else w._version) for w in weights)
-    key = f"prepared_{name}"
-    if layer.__dict__.get(key) != versions:
+    kept: dict[str, tuple[object, Tensor]] = layer.__dict__.setdefault(PREPARED, {})
+    if name not in kept or kept[name][0] != versions:
         with torch.inference_mode(False), torch.no_grad():  # a gradient of the layer's input may need it later
-            value = laid_out(make(*(weight.to(wide) for weight in weights)).to(weights[0].dtype))
-        layer.register_buffer(key + "_weight", value, persistent=False)
-        layer.__dict__[key] = versions
-    return layer.get_buffer(key + "_weight")
+            kept[name] = versions, laid_out(make(*(weight.to(wide) for weight in weights)).to(weights[0].dtype))
+    return kept[name][1]
+
+
+PREPARED = "prepared_kernels"
+
+
+def forget_prepared(model: nn.Module) -> None:
+    """Let go of what `prepared` keeps, when the weights move."""
+    for layer in model.modules():
+        layer.__dict__.pop(PREPARED, None)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Triple = (1, 1, 1), padding: Triple) -> Tensor:
