@@ -81,12 +81,8 @@ def _norm(width: int, config: CVVAEConfig) -> nn.GroupNorm:
 
 def activated(pieces: list[tuple[int, Tensor]], norm: nn.GroupNorm) -> Tensor:
     """Norm and SiLU of a clip in pieces, (first frame, frames) in order; they are let go."""
-    x = pieces[0][1]
     if any(builds_graph(x, norm) for _, x in pieces):
         return F.silu(norm(torch.cat([x for _, x in pieces], dim=2)))
-    if len(pieces) == 1 and x.device.type == "cpu":  # where torch's own norm is faster
-        pieces.clear()
-        return F.silu(norm(x), inplace=True)
     statistics = Statistics.of([x for _, x in pieces])
     y = statistics.input([Piece(None, start, x) for start, x in pieces], norm)
     pieces.clear()

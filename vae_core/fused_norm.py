@@ -251,6 +251,8 @@ def _rms_norm_silu(x: Tensor, gain: Tensor, *, halves: int, silu: bool, out: Ten
 def _group_norm_silu(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, *, silu: bool, out: Tensor
 ) -> Tensor:
+    if x.device.type != "mps":  # which has no float64: a mean far from zero would cost the shift its last digits
+        mean, rstd = mean.double(), rstd.double()
     scale, shift = (v.to(_wide(x)) for v in _scale_and_shift(mean, rstd, weight, bias))
     if (kernels := _kernels_for(x)) is not None:
         kernels.scale_shift_silu(x, scale, shift, silu=silu, out=out)

@@ -21,8 +21,8 @@ TOLERANCE = {
     ("cv-vae", torch.float64): 1e-10,
     ("cv-vae-sd3", torch.float64): 1e-10,
     ("iv-vae", torch.float32): 1e-5,
-    ("cv-vae", torch.float32): 2e-5,
-    ("cv-vae-sd3", torch.float32): 2e-5,
+    ("cv-vae", torch.float32): 1e-5,
+    ("cv-vae-sd3", torch.float32): 1e-5,
 }
 
 CASES = pytest.mark.parametrize(
