@@ -1,6 +1,6 @@
 """Speed against the official programs, on the same weights and the same input: ratios of median times.
 
-    python benchmarks/against_official.py --cv-vae CV-VAE --iv-vae iv-vae
+    python benchmarks/against_reference.py --cv-vae CV-VAE --iv-vae iv-vae
 
 The two folders are clones of the official repositories; diffusers must be installed for CV-VAE's. Where xformers is
 missing, its attention is torch's. Rounds alternate between the two, so that what else the machine does falls on both.
