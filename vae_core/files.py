@@ -36,7 +36,12 @@ FOREIGN = (
     "ema", "ema_model", "optimizer", "optimizers", "lr_scheduler", "lr_schedulers",
 )  # fmt: skip
 # The last part of a name by which our families are found under a prefix.
-_TELL_TALES = ("decoder.conv_in.weight", "encoder.conv1.conv_2d.weight")
+_TELL_TALES = (
+    "decoder.conv_in.weight",
+    "encoder.conv1.conv_2d.weight",
+    "encoder.conv1.conv_3d.weight",
+    "encoder.conv1.conv_3d.causal.weight",
+)
 _DEPTH = 5
 
 

@@ -8,6 +8,8 @@ it belongs. Where such an input would be large, the block runs in strips of rows
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +17,31 @@ from torch import Tensor, nn
 
 from .conv_input import Piece, neighbouring, rms_input
 from .fused_norm import rms_norm_silu
-from .layers import add, builds_graph, clip_of, concatenated, convolve, frames_of, new_clip, prepared
+from .layers import add, builds_graph, clip_of, concatenated, convolve, frames_of, new_clip, per_frame, prepared
 from .memory import Memory, StreamingLayer
 from .regions import split
 
 STRIPS_ABOVE = 640 * 2**20  # bytes of a convolution's input from which on it is made in strips of rows
 STRIP_BYTES = 40 * 2**20  # of the input of one strip
+
+TemporalConv = Literal["grouped-causal", "causal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IVParts:
+    """What the published network is made of, so that its ablation can be trained; the default is that network.
+
+    temporal_conv: whether the frames of a group see each other ("grouped-causal"), or each frame itself and two before.
+    branches: 2 for a half for the keyframes beside one for the others; 1 for one branch of twice the width.
+    motion_perception: parallel atrous convolutions in the encoder's head, and attention beyond the middle's.
+    """
+
+    temporal_conv: TemporalConv = "grouped-causal"
+    branches: Literal[1, 2] = 2
+    motion_perception: bool = True
+
+
+PUBLISHED = IVParts()
 
 
 def write_sum(pieces: list[Piece], x: Tensor, out: Tensor) -> None:
@@ -163,6 +184,51 @@ class SeparatedConv(nn.Module):
         return self.pieces(x, first=front is None)
 
 
+class CausalConv3d(StreamingLayer):
+    """3x3x3 with the two frames before in front, in whatever groups they come; space padded by zeros.
+
+    The first frame of a video is repeated in front of itself.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.causal = nn.Conv3d(width_in, width_out, 3, padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """(b, width_in, t, h, w) to (b, width_out, t, h, w)."""
+        front = memory.get(self.slot)
+        x = torch.cat((x[:, :, :1].expand(-1, -1, 2, -1, -1) if front is None else front, x), dim=2)
+        memory.put(self.slot, x[:, :, -2:].clone())
+        return self.causal(x)
+
+
+class AblatedConv(nn.Module):
+    """What stands in for `SeparatedConv` where the parts are not the published ones; `width_out` counts all branches."""
+
+    def __init__(self, width_in: int, width_out: int, *, kernel: int, parts: IVParts) -> None:
+        super().__init__()
+        width = width_out // parts.branches
+        self.conv_2d = nn.Conv2d(width_in, width, kernel, padding=kernel // 2) if parts.branches == 2 else None
+        if kernel == 1:
+            self.conv_3d: nn.Module = nn.Conv3d(width_in, width, 1)
+        else:
+            self.conv_3d = (CausalConv3d if parts.temporal_conv == "causal" else GroupedCausalConv3d)(width_in, width)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """(b, width_in, t, h, w) to (b, width_out, t, h, w)."""
+        y = self.conv_3d(x, memory) if isinstance(self.conv_3d, StreamingLayer) else self.conv_3d(x)
+        return y if self.conv_2d is None else torch.cat((per_frame(self.conv_2d, x), y), dim=1)
+
+
+def separated_conv(
+    width_in: int, width: int, *, kernel: int, parts: IVParts = PUBLISHED
+) -> SeparatedConv | AblatedConv:
+    """The convolution of a stage that sees time. `width_in` counts both halves, `width` one."""
+    if parts.temporal_conv == "grouped-causal" and parts.branches == 2:
+        return SeparatedConv(width_in, width, kernel=kernel)
+    return AblatedConv(width_in, 2 * width, kernel=kernel, parts=parts)
+
+
 class FrameConv(nn.Module):
     """One 3x3 convolution of full width, frame by frame: the purely 2-D stages."""
 
@@ -178,22 +244,22 @@ class FrameConv(nn.Module):
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice, plus the input; `two_d` for the purely 2-D stages. Widths count one half."""
 
-    def __init__(self, width_in: int, width: int, *, two_d: bool) -> None:
+    def __init__(self, width_in: int, width: int, *, two_d: bool, parts: IVParts = PUBLISHED) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(2 * width_in, halves=2, dims=3)
-        self.norm2 = RMSNorm(2 * width, halves=2, dims=3)
+        self.norm1 = RMSNorm(2 * width_in, halves=parts.branches, dims=3)
+        self.norm2 = RMSNorm(2 * width, halves=parts.branches, dims=3)
         if two_d:
             self.conv1 = FrameConv(width_in, width, kernel=3)
             self.conv2 = FrameConv(width, width, kernel=3)
         else:
-            self.conv1 = SeparatedConv(2 * width_in, width, kernel=3)
-            self.conv2 = SeparatedConv(2 * width, width, kernel=3)
-        self.shortcut = SeparatedConv(2 * width_in, width, kernel=1) if width_in != width else None
+            self.conv1 = separated_conv(2 * width_in, width, kernel=3, parts=parts)
+            self.conv2 = separated_conv(2 * width, width, kernel=3, parts=parts)
+        self.shortcut = separated_conv(2 * width_in, width, kernel=1, parts=parts) if width_in != width else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """(b, 2 width_in, t, h, w) to (b, 2 width, t, h, w)."""
         conv1, conv2 = self.conv1, self.conv2
-        if isinstance(conv1, FrameConv) or isinstance(conv2, FrameConv) or builds_graph(x, self):
+        if not (isinstance(conv1, SeparatedConv) and isinstance(conv2, SeparatedConv)) or builds_graph(x, self):
             y = self.norm2.activated(conv1(self.norm1.activated(x), memory))
             return add(conv2(y, memory), x if self.shortcut is None else self.shortcut(x, memory))
         if x.nbytes // x.shape[1] * max(conv1.width_in, conv2.width_in) > STRIPS_ABOVE:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .iv_layers import ResidualBlock, SeparatedConv
+from .iv_layers import AblatedConv, ResidualBlock, SeparatedConv
 from .iv_vae import IVVAE, Downsample, Upsample
 from .memory import Memory, StreamingLayer
 from .regions import ENLARGE, HALVE_RIGHT, Reach, Region, chain_regions, full, grid, same
@@ -29,7 +29,7 @@ def reach_of(layer: nn.Module) -> Reach:
         return HALVE_RIGHT
     if isinstance(layer, ResidualBlock):
         return same(2)  # two convolutions
-    assert isinstance(layer, SeparatedConv)
+    assert isinstance(layer, (SeparatedConv, AblatedConv))
     return same(1)
 
 

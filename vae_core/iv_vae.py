@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .iv_layers import GroupedCausalConv3d, ResidualBlock, RMSNorm, SeparatedConv
+from .iv_layers import (
+    PUBLISHED,
+    AblatedConv,
+    GroupedCausalConv3d,
+    IVParts,
+    ResidualBlock,
+    RMSNorm,
+    separated_conv,
+)
 from .layers import (
     builds_graph,
     clip_of,
@@ -30,12 +38,11 @@ from .layers import (
     prepared,
     single_head_attention,
 )
-from .memory import Memory, name_slots, run_block
+from .memory import Memory, StreamingLayer, name_slots, run_block
 
 GROUP = 4  # frames of every group but the first, which is one frame
 DILATIONS = (3, 6, 9, 12)
-ENCODER_FINE = 9  # stages of the encoder in front of its first attention
-DECODER_COARSE = 6  # stages of the decoder up to its last attention
+ENCODER_FINE = 9  # stages of the encoder down to latent resolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +52,14 @@ class IVVAEConfig:
     dim: width of one half at the finest level; the four levels have dim, 2 dim, 4 dim, 4 dim.
     latent_channels: z, an even number.
     scale_factor, shift_factor: latent = scale_factor * (mean - shift_factor).
+    parts: other than the published ones only for ablations.
     """
 
     dim: int
     latent_channels: int
     scale_factor: float
     shift_factor: float
+    parts: IVParts = PUBLISHED
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.latent_channels < 2 or self.latent_channels % 2:
@@ -82,14 +91,16 @@ class FrameAttention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One attention per half, plus the input."""
+    """One attention per half, or one over both where there is one branch, plus the input."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, branches: int = 2) -> None:
         super().__init__()
-        self.attention_2d = FrameAttention(width)
-        self.attention_3d = FrameAttention(width)
+        self.attention_2d = FrameAttention(width) if branches == 2 else None
+        self.attention_3d = FrameAttention(2 * width // branches)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        if self.attention_2d is None:
+            return x + per_frame(self.attention_3d, x)
         first, second = x.chunk(2, dim=1)
         return x + torch.cat((per_frame(self.attention_2d, first), per_frame(self.attention_3d, second)), dim=1)
 
@@ -100,15 +111,19 @@ class Downsample(nn.Module):
     In time the 2-D half keeps every other frame, the 3-D half merges pairs by `time_conv`.
     """
 
-    def __init__(self, width: int, *, halve_time: bool) -> None:
+    def __init__(self, width: int, *, halve_time: bool, branches: int = 2) -> None:
         super().__init__()
-        self.conv_2d = nn.Conv2d(width, width, 3, stride=2)
+        self.conv_2d = nn.Conv2d(width, width, 3, stride=2) if branches == 2 else None
+        width = 2 * width // branches
         self.conv_3d = nn.Conv2d(width, width, 3, stride=2)
         self.time_conv = nn.Conv3d(width, width, (2, 1, 1), stride=(2, 1, 1)) if halve_time else None
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """(b, 2 width, t, h, w) to (b, 2 width, t or t / 2, h / 2, w / 2)."""
         x = F.pad(x, (0, 1, 0, 1))
+        if self.conv_2d is None:
+            y = per_frame(self.conv_3d, x)
+            return y if self.time_conv is None or x.shape[2] == 1 else self.time_conv(y)
         if self.time_conv is None or x.shape[2] == 1:
             y = F.conv2d(
                 frames_of(x), *_side_by_side(self, self.conv_2d, self.conv_3d, enlarging=False), stride=2, groups=2
@@ -122,22 +137,24 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """With `double_time`, time x2 except for the first frame; then space x2 with half the width out."""
 
-    def __init__(self, width: int, *, double_time: bool) -> None:
+    def __init__(self, width: int, *, double_time: bool, branches: int = 2) -> None:
         super().__init__()
-        self.conv_2d = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.conv_2d = nn.Conv2d(width, width // 2, 3, padding=1) if branches == 2 else None
+        width = 2 * width // branches
         self.conv_3d = nn.Conv2d(width, width // 2, 3, padding=1)
         self.time_conv = nn.Conv3d(width, 2 * width, 1) if double_time else None
 
     def forward(self, x: Tensor, memory: Memory, *, first_group: bool) -> Tensor:
         """(b, 2 width, t, h, w) to (b, width, t or 2t, 2h, 2w)."""
+        if self.conv_2d is None:
+            if self.time_conv is not None and not first_group:
+                x = parts_to_frames(self.time_conv(x), 2)
+            return _enlarged(x, _enlarging(self.conv_3d), self.conv_3d.bias)
         if self.time_conv is None or first_group:
             return _enlarged(x, *_side_by_side(self, self.conv_2d, self.conv_3d, enlarging=True), groups=2)
         first, second = x.chunk(2, dim=1)
-        kernels = (
-            prepared(conv, "enlarging", (conv.weight,), enlarging_kernel) for conv in (self.conv_2d, self.conv_3d)
-        )
-        first = _enlarged(first, next(kernels), self.conv_2d.bias)  # once for both frames of a pair
-        second = _enlarged(parts_to_frames(self.time_conv(second), 2), next(kernels), self.conv_3d.bias)
+        first = _enlarged(first, _enlarging(self.conv_2d), self.conv_2d.bias)  # once for both frames of a pair
+        second = _enlarged(parts_to_frames(self.time_conv(second), 2), _enlarging(self.conv_3d), self.conv_3d.bias)
         return torch.cat((first.repeat_interleave(2, dim=2), second), dim=1)
 
 
@@ -150,6 +167,10 @@ def _side_by_side(layer: nn.Module, first: nn.Conv2d, second: nn.Conv2d, *, enla
         prepared(layer, "weight", (first.weight, second.weight), make),
         prepared(layer, "bias", (first.bias, second.bias), concatenated),
     )
+
+
+def _enlarging(conv: nn.Conv2d) -> Tensor:
+    return prepared(conv, "enlarging", (conv.weight,), enlarging_kernel)
 
 
 def _enlarging_groups(*weights: Tensor) -> Tensor:
@@ -168,8 +189,9 @@ class ParallelAtrousConv(nn.Module):
     `width_in` and `width_out` count both halves.
     """
 
-    def __init__(self, width_in: int, width_out: int) -> None:
+    def __init__(self, width_in: int, width_out: int, *, halves: int = 2) -> None:
         super().__init__()
+        self.halves = halves
         self.branches = nn.ModuleList([nn.Conv2d(width_in, width_out, 1), nn.Conv2d(width_in, width_out, 3, padding=1)])
         self.branches.extend(nn.Conv2d(width_in, width_out, 3, padding=d, dilation=d) for d in DILATIONS)
         self.merge = nn.Conv2d(len(self.branches) * width_out, width_out, 1)
@@ -177,42 +199,41 @@ class ParallelAtrousConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, width_in, h, w) to (n, width_out, h, w)."""
         outputs = [branch(x) for branch in self.branches]
-        halves = [y.chunk(2, dim=1) for y in outputs]
-        return self.merge(torch.cat([first for first, _ in halves] + [second for _, second in halves], dim=1))
+        halves = [y.chunk(self.halves, dim=1) for y in outputs]
+        return self.merge(torch.cat([half for same_half in zip(*halves, strict=True) for half in same_half], dim=1))
 
 
 class Encoder(nn.Module):
     def __init__(self, config: IVVAEConfig) -> None:
         super().__init__()
-        dim = config.dim
-        self.conv_in = SeparatedConv(3, dim, kernel=3)
-        self.stages = nn.ModuleList(
-            [
-                ResidualBlock(dim, dim, two_d=False),
-                ResidualBlock(dim, dim, two_d=False),
-                Downsample(dim, halve_time=False),
-                ResidualBlock(dim, 2 * dim, two_d=False),
-                ResidualBlock(2 * dim, 2 * dim, two_d=False),
-                Downsample(2 * dim, halve_time=True),
-                ResidualBlock(2 * dim, 4 * dim, two_d=False),
-                ResidualBlock(4 * dim, 4 * dim, two_d=False),
-                Downsample(4 * dim, halve_time=True),
-                AttentionBlock(4 * dim),
-                ResidualBlock(4 * dim, 4 * dim, two_d=True),
-                AttentionBlock(4 * dim),
-                ResidualBlock(4 * dim, 4 * dim, two_d=True),
-                AttentionBlock(4 * dim),
-            ]
-        )
+        dim, parts = config.dim, config.parts
+
+        def block(width_in: int, width: int, *, two_d: bool = False) -> ResidualBlock:
+            return ResidualBlock(width_in, width, two_d=two_d, parts=parts)
+
+        def attention() -> AttentionBlock:
+            return AttentionBlock(4 * dim, branches=parts.branches)
+
+        self.conv_in = separated_conv(3, dim, kernel=3, parts=parts)
+        self.stages = nn.ModuleList()
+        for width_in, width, halve_time in ((dim, dim, False), (dim, 2 * dim, True), (2 * dim, 4 * dim, True)):
+            self.stages.extend((block(width_in, width), block(width, width)))
+            self.stages.append(Downsample(width, halve_time=halve_time, branches=parts.branches))
+        if parts.motion_perception:
+            self.stages.append(attention())
+        for _ in range(2):
+            self.stages.append(block(4 * dim, 4 * dim, two_d=True))
+            if parts.motion_perception:
+                self.stages.append(attention())
         self.middle = nn.ModuleList(
-            [
-                ResidualBlock(4 * dim, 4 * dim, two_d=True),
-                AttentionBlock(4 * dim),
-                ResidualBlock(4 * dim, 4 * dim, two_d=True),
-            ]
+            [block(4 * dim, 4 * dim, two_d=True), attention(), block(4 * dim, 4 * dim, two_d=True)]
         )
-        self.norm_out = RMSNorm(8 * dim, halves=2, dims=3)
-        self.pac = ParallelAtrousConv(8 * dim, 2 * config.latent_channels)
+        self.norm_out = RMSNorm(8 * dim, halves=parts.branches, dims=3)
+        width_out = 2 * config.latent_channels
+        if parts.motion_perception:
+            self.pac: nn.Module = ParallelAtrousConv(8 * dim, width_out, halves=parts.branches)
+        else:
+            self.pac = nn.Conv2d(8 * dim, width_out, 3, padding=1)
 
     @property
     def fine_layers(self) -> list[nn.Module]:
@@ -239,37 +260,44 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: IVVAEConfig) -> None:
         super().__init__()
-        dim = config.dim
+        dim, parts = config.dim, config.parts
+
+        def block(width_in: int, width: int, *, two_d: bool = False) -> ResidualBlock:
+            return ResidualBlock(width_in, width, two_d=two_d, parts=parts)
+
+        def attention() -> AttentionBlock:
+            return AttentionBlock(4 * dim, branches=parts.branches)
+
         self.conv_in = nn.Conv2d(config.latent_channels, 8 * dim, 3, padding=1)
         self.middle = nn.ModuleList(
-            [
-                ResidualBlock(4 * dim, 4 * dim, two_d=True),
-                AttentionBlock(4 * dim),
-                ResidualBlock(4 * dim, 4 * dim, two_d=True),
-            ]
+            [block(4 * dim, 4 * dim, two_d=True), attention(), block(4 * dim, 4 * dim, two_d=True)]
         )
         self.stages = nn.ModuleList()
         for _ in range(3):
-            self.stages.append(ResidualBlock(4 * dim, 4 * dim, two_d=True))
-            self.stages.append(AttentionBlock(4 * dim))
-        self.stages.append(Upsample(4 * dim, double_time=True))
+            self.stages.append(block(4 * dim, 4 * dim, two_d=True))
+            if parts.motion_perception:
+                self.stages.append(attention())
+        self.coarse_stages = len(self.stages)
+        self.stages.append(Upsample(4 * dim, double_time=True, branches=parts.branches))
         for width_in, width, double_time in ((2 * dim, 4 * dim, True), (2 * dim, 2 * dim, False)):
-            self.stages.append(ResidualBlock(width_in, width, two_d=False))
-            self.stages.extend(ResidualBlock(width, width, two_d=False) for _ in range(2))
-            self.stages.append(Upsample(width, double_time=double_time))
-        self.stages.extend(ResidualBlock(dim, dim, two_d=False) for _ in range(3))
-        self.norm_out = RMSNorm(2 * dim, halves=2, dims=3)
-        self.conv_out = SeparatedConv(2 * dim, 3, kernel=3)
+            self.stages.extend((block(width_in, width), block(width, width), block(width, width)))
+            self.stages.append(Upsample(width, double_time=double_time, branches=parts.branches))
+        self.stages.extend(block(dim, dim) for _ in range(3))
+        self.norm_out = RMSNorm(2 * dim, halves=parts.branches, dims=3)
+        if parts.branches == 2:
+            self.conv_out = separated_conv(2 * dim, 3, kernel=3, parts=parts)
+        else:
+            self.conv_out = AblatedConv(2 * dim, 3, kernel=3, parts=parts)
 
     @property
     def fine_layers(self) -> list[nn.Module]:
         """The layers that see no more than their neighbourhood, in order."""
-        return [*self.stages[DECODER_COARSE:], self.conv_out]
+        return [*self.stages[self.coarse_stages :], self.conv_out]
 
     def coarse(self, z: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:
         """Everything up to the last attention, at latent resolution: (b, z, 1, h, w) to (b, 8 dim, 1, h, w)."""
         x = per_frame(self.conv_in, z)
-        for block in (*self.middle, *self.stages[:DECODER_COARSE]):
+        for block in (*self.middle, *self.stages[: self.coarse_stages]):
             x = run_block(block, x, memory, checkpointing=checkpointing)
         return x
 
@@ -277,21 +305,26 @@ class Decoder(nn.Module):
         """The i-th layer of the rest, only convolutions: (b, 8 dim, 1, h, w) to (b, 3, 1 or 4, 8h, 8w)."""
         block = self.fine_layers[i]
         if isinstance(block, Upsample):
-            last = cast("GroupedCausalConv3d", self.conv_out.conv_3d)
+            last = cast("StreamingLayer", self.conv_out.conv_3d)
             return block(x, memory, first_group=last.slot not in memory)
         if block is not self.conv_out:
             return run_block(block, x, memory, checkpointing=checkpointing)
         return self._pixels(self.norm_out.activated(x), memory)
 
     def _pixels(self, x: Tensor, memory: Memory) -> Tensor:
-        """The first frame of a group by the 2-D kernel, the others by the 3-D one, which sees no earlier group."""
-        if builds_graph(x, self.conv_out):  # every weight takes part, as trainers expect
-            keyframe, others = self.conv_out(x, memory).chunk(2, dim=1)
+        """The first frame of a group by the 2-D kernel, the others by the 3-D one, which sees no earlier group.
+
+        Where there is one branch, all of them are its."""
+        conv = self.conv_out
+        if conv.conv_2d is None:
+            return conv(x, memory)
+        if isinstance(conv, AblatedConv) or builds_graph(x, conv):  # every weight takes part, as trainers expect
+            keyframe, others = conv(x, memory).chunk(2, dim=1)
             return torch.cat((keyframe[:, :, :1], others[:, :, 1:]), dim=2)
-        conv_3d = cast("GroupedCausalConv3d", self.conv_out.conv_3d)
+        conv_3d = cast("GroupedCausalConv3d", conv.conv_3d)
         b, _, _, h, w = x.shape
         memory.put(conv_3d.slot, x.new_empty(b, 0, 1, h, w))  # only to say that the first group is over
-        keyframe = per_frame(self.conv_out.conv_2d, x[:, :, :1])
+        keyframe = per_frame(conv.conv_2d, x[:, :, :1])
         others = conv_3d.pieces(x) if x.shape[2] > 1 else []
         return torch.cat((keyframe, *(piece.x for piece in others)), dim=2)
 
@@ -312,8 +345,8 @@ class IVVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.to_moments = SeparatedConv(2 * z, z, kernel=1)
-        self.from_latent = SeparatedConv(z, z // 2, kernel=1)
+        self.to_moments = separated_conv(2 * z, z, kernel=1, parts=config.parts)
+        self.from_latent = separated_conv(z, z // 2, kernel=1, parts=config.parts)
         name_slots(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IVVAE:
@@ -331,7 +364,11 @@ class IVVAE(nn.Module):
 
     def moments_of(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """(mean, logvar) of what the encoder gave, (b, 2z, 1, h, w)."""
-        a, b, c, d = self.to_moments(x, memory).chunk(4, dim=1)
+        y = self.to_moments(x, memory)
+        if self.config.parts.branches == 1:
+            mean, logvar = y.chunk(2, dim=1)
+            return mean, logvar
+        a, b, c, d = y.chunk(4, dim=1)
         return torch.cat((a, c), dim=1), torch.cat((b, d), dim=1)
 
     def decode(self, latent: Tensor, memory: Memory, *, checkpointing: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from .cv_vae import CVVAE, LEVELS, CVVAEConfig
 from .detect import Family
 from .errors import CheckpointError
+from .iv_layers import IVParts
 from .iv_vae import IVVAE, IVVAEConfig
 
 Shape = tuple[int, ...]
@@ -51,6 +52,7 @@ _RULES: dict[Family, tuple[tuple[str, str], ...]] = {
         (r"^encoder\.pac\.branches\.4\.", r"encoder.head.2.PAC_9.conv."),
         (r"^encoder\.pac\.branches\.5\.", r"encoder.head.2.PAC_12.conv."),
         (r"^encoder\.pac\.merge\.", r"encoder.head.2.PAC_conv.conv."),
+        (r"^encoder\.pac\.(\w+)$", r"encoder.head.2.conv.\1"),  # without motion perception
         (r"^decoder\.conv_out\.", r"decoder.head.2."),
         (r"\.stages\.(\d+)\.conv_(2|3)d\.", r".stages.\1.resample_\2d.1."),
         (r"\.attention_(2|3)d\.", r".Attention_\1d."),
@@ -111,7 +113,8 @@ def infer_config(
     """
     try:
         if family == "iv-vae":
-            dim = shapes["encoder.conv1.conv_2d.weight"][0]
+            parts = _infer_parts(shapes)
+            dim = shapes["decoder.conv1.conv.weight"][0] // 8
             z = shapes["decoder.conv1.conv.weight"][1]
             published = PUBLISHED_SCALING.get((z, dim), (1.0, 0.0))
             return IVVAEConfig(
@@ -119,6 +122,7 @@ def infer_config(
                 latent_channels=z,
                 scale_factor=published[0] if scale_factor is None else scale_factor,
                 shift_factor=published[1] if shift_factor is None else shift_factor,
+                parts=parts,
             )
         level, block = ("down_blocks", "resnets") if family == "cv-vae-sd3" else ("down", "block")
         blocks = 0
@@ -137,6 +141,15 @@ def infer_config(
         ) from error
     except ValueError as error:
         raise CheckpointError(f"These look like {family} weights, but their widths are impossible: {error}") from error
+
+
+def _infer_parts(shapes: Mapping[str, Shape]) -> IVParts:
+    """Which parts an IV-VAE has, by the names of its first and last convolutions."""
+    return IVParts(
+        temporal_conv="causal" if "encoder.conv1.conv_3d.causal.weight" in shapes else "grouped-causal",
+        branches=2 if "encoder.conv1.conv_2d.weight" in shapes else 1,
+        motion_perception="encoder.head.2.conv.weight" not in shapes,
+    )
 
 
 # (latent channels, dim) of the published IV-VAE files: (scale_factor, shift_factor)

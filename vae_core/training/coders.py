@@ -178,6 +178,7 @@ def video_config(config: ModelConfig) -> CVVAEConfig | IVVAEConfig:
             latent_channels=config.latent_channels,
             scale_factor=1.0 if config.scale_factor is None else config.scale_factor,
             shift_factor=0.0 if config.shift_factor is None else config.shift_factor,
+            parts=config.parts,
         )
     assert config.widths is not None
     assert config.blocks_per_level is not None
@@ -193,9 +194,9 @@ def video_config(config: ModelConfig) -> CVVAEConfig | IVVAEConfig:
 def _narrow_posterior(model: Model | CVImageVAE | IVImageVAE) -> None:
     """Let the log-variances of a fresh model begin at LOGVAR_START."""
     if isinstance(model, IVVAE):
-        for conv in (model.to_moments.conv_2d, model.to_moments.conv_3d):
-            assert conv.bias is not None
-            conv.bias.chunk(2)[1].fill_(LOGVAR_START)
+        for name, bias in model.to_moments.named_parameters():
+            if name.endswith(".bias"):
+                bias.chunk(2)[1].fill_(LOGVAR_START)
         return
     bias = model.to_moments.bias if isinstance(model, IVImageVAE) else model.encoder.conv_out.bias
     assert bias is not None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from ..iv_layers import PUBLISHED, IVParts, TemporalConv
 from ..windows import SPACE, latent_frames, pixel_frames
 from .clips import BatchKind
 from .losses import Distance
@@ -34,6 +35,8 @@ class ModelConfig:
     the image stage only) are the size where init is "fresh"; otherwise the weights say it.
     scale_factor, shift_factor: of IV-VAE's latents, kept in the file that is written; otherwise those of the weights,
     or 1 and 0.
+    temporal_conv, branches, motion_perception: parts of a fresh IV-VAE, other than the published ones, see `IVParts`;
+    where init is "weights" the file says them.
     """
 
     family: Literal["cv-vae", "cv-vae-sd3", "iv-vae"]
@@ -46,8 +49,23 @@ class ModelConfig:
     halves: Literal[1, 2] | None = None
     scale_factor: float | None = None
     shift_factor: float | None = None
+    temporal_conv: TemporalConv = PUBLISHED.temporal_conv
+    branches: Literal[1, 2] = PUBLISHED.branches
+    motion_perception: bool = PUBLISHED.motion_perception
+
+    @property
+    def parts(self) -> IVParts:
+        """What a fresh IV-VAE is made of."""
+        return IVParts(
+            temporal_conv=self.temporal_conv, branches=self.branches, motion_perception=self.motion_perception
+        )
 
     def __post_init__(self) -> None:
+        if self.parts != PUBLISHED and (self.family != "iv-vae" or self.init != "fresh"):
+            raise ValueError(
+                f"temporal_conv, branches and motion_perception are choices for a fresh iv-vae (init = 'fresh'); got "
+                f"{self.family} with init = '{self.init}'. Leave them out: weights say what they are made of."
+            )
         size = ("dim", "latent_channels") if self.family == "iv-vae" else _CV_SIZE
         missing = [name for name in size if getattr(self, name) is None]
         if self.init == "fresh" and missing:
@@ -67,7 +85,8 @@ _CV_SIZE = ("widths", "blocks_per_level", "latent_channels")
 class CameraMovesConfig:
     """Training pictures without a data set: a camera moves over procedural images, and over photographs if given.
 
-    procedural: how many images to draw. photographs: a folder of pictures of at least 96 x 96 pixels.
+    procedural: how many images to draw. photographs: a folder of pictures of at least 96 x 96 pixels, or "scikit-image"
+    for ten that this package brings.
     """
 
     procedural: int
