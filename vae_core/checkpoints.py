@@ -23,6 +23,7 @@ DEMO_WEIGHTS = {
     "demo-cv-vae": DEMO_FOLDER / "demo_cv_vae.safetensors",
     "demo-iv-vae": DEMO_FOLDER / "demo_iv_vae.safetensors",
 }
+DEMO_IMAGE_WEIGHTS = {"demo-image-vae": DEMO_FOLDER / "demo_image_vae.safetensors"}  # what training starts from
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -15,6 +15,7 @@ import vae_core
 from vae_core.cli import app as commands
 from vae_core.cv_vae import CVVAEConfig
 from vae_core.iv_vae import IVVAEConfig
+from vae_core.training.coders import read_image_model
 from vae_core.training.image_vae import CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
 from vae_core.training.image_weights import read_image_vae
 from vae_core.training.inflation import InflationError, inflate, inflate_cv, inflate_iv, join_halves
@@ -62,6 +63,17 @@ def test_cv_reproduces_the_image_vae_on_still_frames(frames: int) -> None:
     decoded = vae.decode(video_mean)
     assert decoded.shape == still.shape
     _close(decoded, image_vae.decode(mean)[0][:, :, None].expand_as(decoded))
+
+
+@torch.no_grad()
+def test_the_bundled_image_vae_is_reproduced_on_stills() -> None:
+    image_vae = read_image_model("demo-image-vae")
+    assert isinstance(image_vae, CVImageVAE)
+    vae = inflate(["demo-image-vae"]).vae
+    picture, still = _still(5)
+    mean, _ = image_vae.encode(picture)
+    _close(vae.encode(still), mean[:, :, None].expand(-1, -1, 2, -1, -1))
+    _close(vae.decode(vae.encode(still)), image_vae.decode(mean)[0][:, :, None].expand_as(still))
 
 
 @torch.no_grad()

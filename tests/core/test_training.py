@@ -1,4 +1,4 @@
-"""The training command of the demo weights, run for real: small, but on the models and the data it ships for."""
+"""Training data without a data set, the optimizer of short runs, and the demo weights that came of both."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 import vae_core
 from vae_core.checkpoints import DEMO_FOLDER
+from vae_core.training.camera_moves import CameraMoves
+from vae_core.training.clips import BatchKind
+from vae_core.training.config import CameraMovesConfig
 from vae_core.training.data import ImagePool, TrainingDataError, procedural_images, read_photographs
-from vae_core.training.demo import Family, Recipe, Stage, fit, main, parse_crops, reconstruction_loss
 from vae_core.training.figures import centre_square, psnr, shrunk_and_enlarged
-from vae_core.training.image_vae import CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
 from vae_core.training.optimizer import orthogonalised
 from vae_core.video import read_frames
 
@@ -28,55 +28,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def _recipe(steps: int) -> Recipe:
-    return Recipe(minutes=1.0, steps=steps, lr=0.02, crops=((32, 1, 4),), seed=0)
-
-
-@pytest.mark.parametrize("family", ["cv-vae", "iv-vae"])
-def test_a_few_steps_lower_the_error(family: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model: CVImageVAE | IVImageVAE
-    if family == "cv-vae":
-        model = CVImageVAE(CVImageConfig(widths=(32, 32, 32, 32), blocks_per_level=1, latent_channels=4))
-    else:
-        model = IVImageVAE(IVImageConfig(dim=4, latent_channels=8, halves=2))
-    pool = ImagePool([], procedural_images(4, 64, seed=0), photo_share=0.0)
-    generator = torch.Generator().manual_seed(0)
-    pixels = pool.crops(2, 32, generator)  # the same at every step
-    errors: list[float] = []
-    saves: list[int] = []
-
-    def loss() -> tuple[Tensor, float]:
-        moments = model.encode(pixels)
-        noise = torch.randn(moments[0].shape, generator=generator)
-        value, error = reconstruction_loss(pixels, moments, model.decode, noise)
-        errors.append(error)
-        return value, error
-
-    steps = fit(model, "conv_out", loss, _recipe(40), lambda: saves.append(len(errors)), tmp_path / "log", warm_up=5)
-    assert steps == len(errors) == 40
-    assert saves == [40]  # the last weights are always kept
-    assert np.mean(errors[-4:]) < 0.6 * np.mean(errors[:4])
-
-
-@pytest.mark.parametrize("family", list(Family))
-def test_the_command_goes_from_nothing_to_a_loadable_file(family: Family, tmp_path: Path) -> None:
-    main(family=family, out=tmp_path, stage=Stage.ALL, procedural=2, steps=2, crops="32x5x1,32x1x2")
-    path = tmp_path / f"demo_{family.value.replace('-', '_')}.safetensors"
-    assert path.stat().st_size < 8_000_000
-    vae = vae_core.load(path)
-    assert vae.family == family.value
-    clip = torch.rand(1, 3, 5, 32, 32) * 2 - 1
-    latent = vae.encode(clip)
-    assert latent.shape == (1, 4 if family is Family.CV else 16, 2, 4, 4)
-    assert torch.isfinite(vae.decode(latent)).all()
-    if family is Family.IV:
-        assert vae.info.scale_factor != 1.0  # made from the latents' own deviation, and kept in the file
-    trained = vae_core.load(tmp_path / "video.safetensors").model.state_dict()
-    for name, stored in vae.model.state_dict().items():
-        assert torch.equal(stored, trained[name].half().float()), name
 
 
 def test_data_is_the_same_for_the_same_seed() -> None:
@@ -111,6 +62,16 @@ def test_photographs_are_read_with_their_half_sizes(tmp_path: Path) -> None:
     assert np.abs(photographs[1].numpy() - blocks).max() <= 0.5
 
 
+def test_a_camera_moves_over_the_photographs_of_a_package() -> None:
+    kinds = [BatchKind(kind="video", batch=2, size=(96, 96), frames=5)]
+    bundled = CameraMovesConfig(procedural=1, photographs=Path("scikit-image"))
+    batches = [next(iter(CameraMoves(config, kinds, seed=0, rank=0))).video
+               for config in (bundled, bundled, CameraMovesConfig(procedural=1))]  # fmt: skip
+    assert batches[0].shape == (2, 3, 5, 96, 96)
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+
+
 def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     with pytest.raises(TrainingDataError, match=r"No image of at least 96 x 96 pixels in .*put photographs there"):
         read_photographs(tmp_path)
@@ -119,16 +80,6 @@ def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     pool = ImagePool([], procedural_images(1, 64, seed=0), photo_share=0.5)
     with pytest.raises(TrainingDataError, match="holds a square of 96 pixels: give larger images or train on smaller"):
         pool.crops(1, 96, torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("text", ["64", "64x6", "60x1x6", "64x2x1", "64x1x0", "", "64x1x6,"])
-def test_crops_that_make_no_clip_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="side x frames x batch, sides multiples of 8 and frames 1, 5, 9"):
-        parse_crops(text)
-
-
-def test_crops_are_read() -> None:
-    assert parse_crops("64x1x6, 128x5x1") == ((64, 1, 6), (128, 5, 1))
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8), (12, 12)])

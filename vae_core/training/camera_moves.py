@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .clips import Batch, BatchKind
 from .config import CameraMovesConfig, ConfigError
 from .data import ImagePool, procedural_images, read_photographs
 from .draws import generator_for
+from .photographs import from_scikit_image
 
 IMAGE_SIDE = 192  # pixels of a procedural image
 PHOTO_SHARE = 0.7
+BUNDLED_PHOTOGRAPHS = Path("scikit-image")  # in place of a folder: those that the package brings
 _CLIP = 2
 
 
@@ -31,7 +36,7 @@ class CameraMoves:
                     f"data.camera_moves makes square crops without stride and short_side; got {kind.size[0]} x "
                     f"{kind.size[1]}. Give equal sides, or sources instead of camera_moves."
                 )
-        photographs = [] if config.photographs is None else read_photographs(config.photographs)
+        photographs = [] if config.photographs is None else _photographs(config.photographs)
         drawn = procedural_images(config.procedural, IMAGE_SIDE, seed, photographs)
         self._pool = ImagePool(photographs, drawn, photo_share=PHOTO_SHARE)
         self._kinds = tuple(kinds)
@@ -70,3 +75,11 @@ class CameraMoves:
         if kind.kind == "image":
             return self._pool.crops(1, side, generator)[:, :, None]
         return self._pool.clips(1, kind.frames, side, generator)
+
+
+def _photographs(folder: Path) -> list[Tensor]:
+    if folder != BUNDLED_PHOTOGRAPHS:
+        return read_photographs(folder)
+    with tempfile.TemporaryDirectory() as gathered:
+        from_scikit_image(Path(gathered))
+        return read_photographs(Path(gathered))

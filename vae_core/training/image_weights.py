@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoints import DEMO_IMAGE_WEIGHTS
 from ..cv_vae import CVVAE, CVVAEConfig
 from ..detect import Family, describe_foreign, family_of
 from ..errors import CheckpointError
@@ -56,6 +57,8 @@ class IVImageWeights:
 def read_image_vae(source: str | Path | Weights) -> CVImageWeights | IVImageWeights:
     """The image VAE of a file, a diffusers folder or a state dict; what it is follows from names and shapes.
 
+    The name "demo-image-vae" stands for the bundled one.
+
     Read are VAEs with the names of Stable Diffusion's single files (bare, or in a whole checkpoint under
     `first_stage_model.`), those with the names of diffusers, `CVImageVAE` and `IVImageVAE`. The 1x1 convolutions beside
     the latent (`quant_conv`, `post_quant_conv`) are folded into their neighbours, in float64. Only one thing is not the
@@ -67,7 +70,7 @@ def read_image_vae(source: str | Path | Weights) -> CVImageWeights | IVImageWeig
     if isinstance(source, Mapping):
         origin, tensors = "The state dict", dict(source)
     else:
-        file = read_weights(source)
+        file = read_weights(DEMO_IMAGE_WEIGHTS.get(str(source), source))
         origin, tensors, config = str(source), file.tensors, file.config or {}
     tensors = strip_foreign(tensors)
     if "encoder_middle.1.to_qkv.0.weight" in tensors:

@@ -1,4 +1,4 @@
-"""The optimizer of the demo models: orthogonalised momentum for kernels, AdamW for everything else."""
+"""Orthogonalised momentum for kernels: the optimizer of short runs, such as those of the demo models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Coefficients of the quintic iteration of Jordan et al., "Muon: An optimizer for hidden layers" (2024): it drives all
 # singular values of a matrix into about [0.7, 1.2] in five rounds.
@@ -50,27 +50,3 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalised(matrix).view_as(parameter)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-0.2 * math.sqrt(max(matrix.shape)) * group["lr"])
-
-
-class Optimizers:
-    """Muon for the kernels of `model` except those of its output layer, AdamW for the rest, under one schedule."""
-
-    def __init__(self, model: nn.Module, *, lr: float, output_layer: str) -> None:
-        kernels: list[Tensor] = []
-        others: list[Tensor] = []
-        for name, parameter in model.named_parameters():
-            is_matrix = parameter.ndim >= 2 and min(parameter.flatten(1).shape) > 1
-            (kernels if is_matrix and not name.startswith(output_layer) else others).append(parameter)
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(kernels, lr=lr),
-            torch.optim.AdamW(others, lr=lr / 5, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
-        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-
-    def step(self, factor: float) -> None:
-        """One step at `factor` times the learning rates; gradients are cleared after it."""
-        for optimizer, rates in zip(self.optimizers, self._rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad()

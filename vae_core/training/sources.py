@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..checkpoints import DEMO_WEIGHTS, load
+from ..checkpoints import DEMO_IMAGE_WEIGHTS, DEMO_WEIGHTS, load
 from ..detect import family_of
 from ..files import read_weights, strip_foreign
 from .camera_moves import CameraMoves
@@ -31,7 +31,7 @@ def frozen_image_vae(source: str) -> FrozenImageVAE:
     Weights of a video VAE, or demo-cv-vae and demo-iv-vae, are used frame by frame: an inflated VAE is its image VAE.
     Raises InflationError for anything else, CheckpointError where the file cannot be read.
     """
-    path = DEMO_WEIGHTS.get(source, source)
+    path = {**DEMO_WEIGHTS, **DEMO_IMAGE_WEIGHTS}.get(source, source)
     shapes = {name: tuple(t.shape) for name, t in strip_foreign(read_weights(path).tensors).items()}
     model: FrozenImageVAE = FrameByFrame(load(path).model) if family_of(shapes) else read_image_model(source)
     return model.eval().requires_grad_(False)
