@@ -94,6 +94,8 @@ def long_clip(family: str, frames: int) -> None:
     torch.manual_seed(0)
     vae = VideoVAE(build(NARROW[family]).requires_grad_(False).eval())
     size, latents = (2, 12), 1 + (frames - 1) // 4
+    with torch.no_grad():
+        vae.decode(torch.zeros(1, vae.info.latent_channels, 2, 2, 2))  # so that kernels are prepared: they are weights
     shape = (1, vae.info.latent_channels, latents, *size)
     whole = vae.plan_decode(shape, device="cpu")
     tiles = vae.plan_decode(shape, budget_bytes=whole.device_bytes * 9 // 10, device="cpu")

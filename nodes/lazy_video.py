@@ -41,8 +41,9 @@ class LazyVideo(Input.Video):
 
     frames: called anew by everything that reads the video, as frames(start, stop); it yields the frames from start to
     stop - 1 as (t, height, width, 3) in 0..1, in pieces of any length, and is closed when its reader stops early.
-    audio: a ComfyUI AUDIO of the whole video, or None. crf: quality of the file where the one who saves it asks for
-    none.
+    byte_frames: the same in 0..255 as uint8, for files of 8 bits, each piece good until the next is asked for; None:
+    `frames` serves them, too. audio: a ComfyUI AUDIO of the whole video, or None. crf: quality of the file where the
+    one who saves it asks for none.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class LazyVideo(Input.Video):
         height: int,
         frame_count: int,
         frame_rate: Fraction,
+        byte_frames: Frames | None = None,
         audio: Audio | None = None,
         crf: float = CRF,
         first_frame: int = 0,
     ) -> None:
-        self._frames = frames
+        self._frames, self._byte_frames = frames, byte_frames
         self._width, self._height = width, height
         self._first, self._count, self._rate = first_frame, frame_count, Fraction(frame_rate)
         self._audio, self._crf = audio, crf
@@ -150,6 +152,7 @@ class LazyVideo(Input.Video):
             height=self._height,
             frame_count=stop - first,
             frame_rate=self._rate,
+            byte_frames=self._byte_frames,
             audio=self._audio,
             crf=self._crf,
             first_frame=self._first + first,
@@ -177,6 +180,7 @@ class LazyVideo(Input.Video):
             check_choice("color_space", color_space, _COLOURS)
         container = _container(path, str(getattr(format, "value", format)))
         name = _codec(container, str(getattr(codec, "value", codec)))
+        bits = bit_depth or 8
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
         target = path if isinstance(path, (str, os.PathLike)) else cast("BinaryIO", path)
         writer = VideoWriter(
@@ -187,13 +191,20 @@ class LazyVideo(Input.Video):
             crf=self._crf if crf is None else crf,
             container=container,
             codec=name,
-            bits=bit_depth or 8,
+            bits=bits,
             metadata=texts,
         )
-        with writer, closing(self.pieces()) as pieces:
+        with writer, closing(self._levels() if bits == 8 else self.pieces()) as pieces:
             for piece in pieces:
-                writer.write(rearrange(piece, "t h w c -> 1 c t h w") * 2 - 1)
+                if piece.dtype == torch.uint8:
+                    writer.write_pixels(piece)
+                else:
+                    writer.write(rearrange(piece, "t h w c -> 1 c t h w") * 2 - 1)
             self._check_count(writer.frames)
+
+    def _levels(self) -> Generator[Tensor, None, None]:
+        """All frames for a file of 8 bits: uint8 where whoever makes them can, else as `pieces`."""
+        yield from (self._byte_frames or self._frames)(self._first, self._first + self._count)
 
     def get_stream_source(self) -> str:
         """Path of a file in ComfyUI's temporary folder, written when it is first asked for."""

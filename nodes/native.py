@@ -22,12 +22,13 @@ from ..vae_core.checkpoints import official_state
 from ..vae_core.codec import Direction
 from ..vae_core.iv_vae import IVVAEConfig
 from ..vae_core.keys import PUBLISHED_SCALING
+from ..vae_core.output import NotFiniteError, collect
 from ..vae_core.planner import budget_for, with_margin
 from ..vae_core.windows import SPACE, TIME, latent_frames, pixel_frames
 from .running import Run
 from .schema import GIB
 from .session import SESSION, Gauge, peak_reader
-from .wire import Layout, check_latent, from_video, images_of, pieces_of, pixels_of, read_facts, to_video
+from .wire import Layout, check_latent, from_video, pieces_of, pixels_of, read_facts, to_video
 
 _log = logging.getLogger("cviv-vae")
 _AUTOMATIC_SHARE = 0.85  # of the device memory that could be free; the rest is for what cannot be foreseen
@@ -189,7 +190,7 @@ class NativeVideoVAE(comfy.sd.VAE):
     def _decode_all(self, samples: Tensor, tiles: Tiling) -> Tensor:
         latent = {"samples": samples}
         z = self.video_latent(latent)
-        pieces = self.decode_pieces(z, Run(z.shape[0] * pixel_frames(z.shape[2])), tiles=tiles)
+        pieces = self.decode_pieces(z, Run(z.shape[0] * pixel_frames(z.shape[2])), tiles=tiles, lent=True)
         images = collect_images(pieces, z.shape[0], pixel_frames(z.shape[2])).to(self.output_device)
         return images if samples.ndim == 5 else images.flatten(0, 1)
 
@@ -226,12 +227,14 @@ class NativeVideoVAE(comfy.sd.VAE):
         size: tuple[int, int] | None = None,
         budget: int | None = None,
         tiles: Tiling = None,
+        dtype: torch.dtype = torch.float32,
+        lent: bool = False,
     ) -> Iterator[Tensor]:
         """Frames of (b, z, t, h, w), clip after clip, as (1, t, h, w, 3) pieces in 0..1 on the CPU.
 
         frames, size: of every clip; what padding added goes. budget: bytes of device memory for one piece; None: as
-        much as could be free. tiles: decode in these, and do not plan. Raises ValueError for a
-        result that is not finite.
+        much as could be free. tiles: decode in these, and do not plan. dtype: torch.uint8 for 0..255. lent: a piece is
+        good until the next is asked for. Raises ValueError for a result that is not finite.
         """
         clip_shape = (1, *z.shape[1:])
         asked = budget, tiles
@@ -239,12 +242,14 @@ class NativeVideoVAE(comfy.sd.VAE):
         recover = self._recover("decode", clip_shape, run, asked, gauge)
         with self._on_device():
             for clip in z.detach().to("cpu", torch.float32).split(1):
-                stream = self.codec.decode_stream(clip, frames=frames, size=size, plan=tiles, recover=recover)
-                for piece in _guarded(stream, self.codec.dtype):
+                stream = self.codec.decode_frames(
+                    clip, dtype=dtype, lent=lent, check=True, frames=frames, size=size, plan=tiles, recover=recover
+                )
+                for images in _explained(stream, self.codec.dtype):
                     gauge.piece_done()
-                    images = images_of(piece)
                     run.step(images.shape[1], images[0, -1])
                     yield images
+                    del images  # not while the next is computed
 
     def encode_pieces(
         self,
@@ -272,7 +277,7 @@ class NativeVideoVAE(comfy.sd.VAE):
                 plan=tiles,
                 recover=self._recover("encode", shape, run, asked, gauge),
             )
-            for piece in _guarded(stream, self.codec.dtype):
+            for piece in _explained(_guarded(stream), self.codec.dtype):
                 gauge.piece_done()
                 mm.throw_exception_if_processing_interrupted()
                 yield piece.float()
@@ -377,15 +382,7 @@ def plan_words(plan: Plan, device: torch.device) -> str:
 
 def collect_images(pieces: Iterable[Tensor], clips: int, frames: int) -> Tensor:
     """(clips, frames, h, w, 3) from the pieces of clip after clip, each of `frames`; allocated once."""
-    out: Tensor | None = None
-    done = 0
-    for piece in pieces:
-        if out is None:
-            out = piece.new_empty(clips * frames, *piece.shape[2:])
-        out[done : done + piece.shape[1]] = piece[0]
-        done += piece.shape[1]
-    assert out is not None
-    return out.unflatten(0, (clips, frames))
+    return collect(pieces, clips * frames, dim=1)[0].unflatten(0, (clips, frames))
 
 
 def require(vae: object) -> NativeVideoVAE:
@@ -409,14 +406,22 @@ def _counted(pieces: Iterable[Tensor], run: Run) -> Iterator[Tensor]:
         run.step(piece.shape[2])
 
 
-def _guarded(stream: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Pass pieces on; raise ValueError at the first that is not finite."""
+def _guarded(stream: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Pass pieces on; raise NotFiniteError at the first that is not finite."""
     for index, piece in enumerate(stream):
         if not torch.isfinite(piece).all():
-            remedy = (
-                "float16 overflowed: choose bf16 or fp32 as dtype in Load Video VAE."
-                if dtype == torch.float16
-                else "The input holds NaN or infinity already: look at the node before, or lower its strength."
-            )
-            raise ValueError(f"Piece {index} of the result holds NaN or infinity. {remedy}")
+            raise NotFiniteError(index)
         yield piece
+
+
+def _explained(stream: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Pass pieces on; where they are not finite, raise ValueError with the remedy."""
+    try:
+        yield from stream
+    except NotFiniteError as error:
+        remedy = (
+            "float16 overflowed: choose bf16 or fp32 as dtype in Load Video VAE."
+            if dtype == torch.float16
+            else "The input holds NaN or infinity already: look at the node before, or lower its strength."
+        )
+        raise ValueError(f"Piece {error.piece} of the result holds NaN or infinity. {remedy}") from error

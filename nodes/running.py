@@ -50,7 +50,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats(device)
 
     def step(self, frames: int, newest: Tensor | None = None) -> None:
-        """`frames` more are done. newest: (h, w, 3) in 0..1. Raises what ComfyUI raises when the user cancelled."""
+        """`frames` more are done. newest: (h, w, 3), in 0..1 or uint8. Raises what ComfyUI raises on a cancel."""
         mm.throw_exception_if_processing_interrupted()
         self.done += frames
         now = time.monotonic()
@@ -154,8 +154,10 @@ def _clock(seconds: float) -> str:
 
 
 def _jpeg(frame: Tensor) -> tuple[str, Image.Image, int]:
-    """A frame (h, w, 3) in 0..1 as ComfyUI takes previews; the number is a target side, and it enlarges."""
+    """A frame (h, w, 3), in 0..1 or uint8, as ComfyUI takes previews; the number is a target side, and it enlarges."""
     side = max(frame.shape[:2])
     stride = max(1, side // PREVIEW_SIDE)
-    picture = Image.fromarray(frame[::stride, ::stride].mul(255).round().to(torch.uint8).cpu().numpy())
+    small = frame[::stride, ::stride]
+    levels = small if small.dtype == torch.uint8 else small.mul(255).round().to(torch.uint8)
+    picture = Image.fromarray(levels.cpu().contiguous().numpy())
     return "JPEG", picture, min(PREVIEW_SIDE, max(picture.size))

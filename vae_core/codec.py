@@ -13,6 +13,7 @@ from .cv_vae import CVVAE
 from .detect import Family
 from .iv_vae import GROUP, IVVAE
 from .keys import Model, family_of_config
+from .output import collect, host_frames, trimmed
 from .pieces import Pass, Recover, make_pass, run_pieces
 from .planner import Budget, Plan, choose, describe, device_bytes, smaller
 from .prediction import CHUNK_LATENTS, Task
@@ -35,8 +36,8 @@ Direction = Literal["decode", "encode"]
 CV_FRAMES, CV_LATENTS = Windowing(first=17, step=16, overlap=1), Windowing(first=5, step=4, overlap=1)
 IV_FRAMES, IV_LATENTS = Windowing(first=1, step=GROUP, overlap=0), Windowing(first=1, step=1, overlap=0)
 
-# what a diffusion model applies to an unscaled CV-VAE latent: scale * (latent - shift)
-SAMPLER_SCALING = {"cv-vae": (0.18215, 0.0), "cv-vae-sd3": (1.5305, 0.0609)}
+# what the diffusion models of so many channels apply to an unscaled CV-VAE latent: scale * (latent - shift)
+SAMPLER_SCALING = {4: (0.18215, 0.0), 16: (1.5305, 0.0609)}  # SD 1.5, SD 2.1 and SVD; SD3 and SD3.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class VideoVAE:
             scale, shift = self.model.config.scale_factor, self.model.config.shift_factor
             widths = f"dim {self.model.config.dim}"
         else:
-            scale, shift = SAMPLER_SCALING[self.family]
+            scale, shift = SAMPLER_SCALING.get(config.latent_channels, (1.0, 0.0))
             blocks = self.model.config.blocks_per_level
             widths = f"{', '.join(map(str, self.model.config.widths))}; {blocks} residual block(s) per level"
         return VAEInfo(
@@ -153,7 +154,7 @@ class VideoVAE:
         """
         self._check_video(video, pad=pad)
         stream = self.encode_stream([video], pad=pad, sample=sample, generator=generator, plan=plan, recover=recover)
-        return _collect(stream, latent_frames(video.shape[2]), progress)
+        return collect(stream, latent_frames(video.shape[2]), dim=2, progress=progress)
 
     def moments(
         self, video: Tensor, *, pad: bool = False, plan: AnyPlan = None, recover: Recover | None = None
@@ -165,7 +166,7 @@ class VideoVAE:
         self._check_video(video, pad=pad)
         total = latent_frames(video.shape[2])
         pairs = self._moments([video], pad=pad, plan=plan, recover=recover)
-        mean, logvar = _collect((torch.cat(pair, dim=1) for pair in pairs), total, None).chunk(2, dim=1)
+        mean, logvar = collect((torch.cat(pair, dim=1) for pair in pairs), total, dim=2).chunk(2, dim=1)
         return mean, logvar
 
     def encode_stream(
@@ -204,9 +205,12 @@ class VideoVAE:
             del mean, logvar  # not while the next chunk runs
             drop = windowing.overlap
 
-    def _run(self, pieces: Iterable[Tensor], work: Pass, recover: Recover | None) -> Iterator[Tensor]:
+    def _run(
+        self, pieces: Iterable[Tensor], work: Pass, recover: Recover | None, *, bring_back: bool = True
+    ) -> Iterator[Tensor]:
         pieces = (self._without_graph(piece) if isinstance(work.plan, TilePlan) else piece for piece in pieces)
-        return run_pieces(pieces, work, device=self.device, dtype=self.dtype, recover=recover)
+        device, dtype = self.device, self.dtype
+        return run_pieces(pieces, work, device=device, dtype=dtype, recover=recover, bring_back=bring_back)
 
     # ---------------------------------------------------------------------------------------------- decoding
 
@@ -242,7 +246,7 @@ class VideoVAE:
                 f"number from 1 to {available}, or leave it out."
             )
         stream = self.decode_stream(latent, frames=frames, size=size, plan=plan, recover=recover)
-        return _collect(stream, available if frames is None else frames, progress)
+        return collect(stream, available if frames is None else frames, dim=2, progress=progress)
 
     def decode_stream(
         self,
@@ -257,25 +261,46 @@ class VideoVAE:
 
         Stops once `frames` are out, and raises ValueError if the stream ends before. Other arguments as in `decode`.
         """
+        return self._decoded(latent, frames, size, plan, recover, bring_back=True)
+
+    def decode_frames(
+        self,
+        latent: Tensor | Iterable[Tensor],
+        *,
+        dtype: torch.dtype = torch.float32,
+        lent: bool = False,
+        check: bool = False,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
+    ) -> Iterator[Tensor]:
+        """As `decode_stream`, to be shown or written: pieces (b, t, h, w, 3) in RAM, clamped.
+
+        dtype: torch.uint8 for 0 to 255, torch.float32 or torch.float16 for 0 to 1. On a GPU the pixels are made there,
+        and copied while the next piece is computed: pieces come one later. lent: a piece is good until the next is
+        asked for, for those who do not keep it. check: raise `NotFiniteError` at the first piece with NaN or infinity.
+        Other arguments as in `decode`. Raises ValueError for another dtype.
+        """
+        pieces = self._decoded(latent, frames, size, plan, recover, bring_back=False)
+        return host_frames(pieces, self.device, dtype, lent=lent, check=check)
+
+    def _decoded(
+        self,
+        latent: Tensor | Iterable[Tensor],
+        frames: int | None,
+        size: tuple[int, int] | None,
+        plan: AnyPlan,
+        recover: Recover | None,
+        *,
+        bring_back: bool,
+    ) -> Iterator[Tensor]:
         pieces = [latent] if isinstance(latent, Tensor) else latent
         pieces = self._checked(pieces, self.model.config.latent_channels, "latent", "unit-scale values")
         windowing = IV_LATENTS if isinstance(self.model, IVVAE) else CV_LATENTS
         work = make_pass(self.model, plan, decoding=True)
-        drop, done = 0, 0
         chunks = (_size_checked(chunk, size) for chunk in rechunk(pieces, windowing))
-        for y in self._run(chunks, work, recover):
-            y = y[:, :, drop : None if frames is None else drop + frames - done]
-            drop = windowing.overlap
-            done += y.shape[2]
-            yield y if size is None else y[..., : size[0], : size[1]]
-            del y  # not while the next chunk runs
-            if done == frames:
-                return
-        if frames is not None:
-            raise ValueError(
-                f"frames={frames} were asked for, but the latents decode to {done} frames; give a smaller number, or "
-                "leave it out."
-            )
+        yield from trimmed(self._run(chunks, work, recover, bring_back=bring_back), windowing.overlap, frames, size)
 
     # ---------------------------------------------------------------------------------------------- planning
 
@@ -467,20 +492,3 @@ def _draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None, *, cl
     device = mean.device if generator is None else generator.device
     noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
     return mean + torch.exp(0.5 * (logvar.clamp(-30, 20) if clamp else logvar)) * noise
-
-
-def _collect(pieces: Iterable[Tensor], total: int, progress: Progress | None) -> Tensor:
-    """Write a stream of `total` frames into one tensor, allocated once."""
-    out: Tensor | None = None
-    done = 0
-    for piece in pieces:
-        if out is None:
-            out = piece.new_empty(*piece.shape[:2], total, *piece.shape[3:])
-        out[:, :, done : done + piece.shape[2]] = piece
-        done += piece.shape[2]
-        del piece  # not while the next chunk runs
-        if progress is not None:
-            progress(done, total)
-    assert out is not None
-    assert done == total
-    return out

@@ -203,7 +203,7 @@ class CausalConv3d(StreamingLayer):
 
 
 class AblatedConv(nn.Module):
-    """What stands in for `SeparatedConv` where the parts are not the published ones; `width_out` counts all branches."""
+    """What stands in for `SeparatedConv` where parts are not the published ones; `width_out` counts all branches."""
 
     def __init__(self, width_in: int, width_out: int, *, kernel: int, parts: IVParts) -> None:
         super().__init__()

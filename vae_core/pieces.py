@@ -53,11 +53,15 @@ def run_pieces(
     device: torch.device,
     dtype: torch.dtype,
     recover: Recover | None,
+    bring_back: bool = True,
 ) -> Iterator[Tensor]:
-    """What `work` makes of every piece, on the device of the piece; `recover` as in `VideoVAE.decode`."""
+    """What `work` makes of every piece; `recover` as in `VideoVAE.decode`.
+
+    bring_back: to the device of the piece; without, it is left where it was made.
+    """
     for piece in pieces:
         done = _run_piece(piece, work, recover, device=device, dtype=dtype)
-        yield done.to(piece.device)
+        yield done.to(piece.device) if bring_back else done
         del done
 
 

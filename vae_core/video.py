@@ -25,6 +25,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from .errors import VideoError
+from .output import to_uint8
 from .video_audio import AudioTrack, Sound, SoundTrack
 from .video_pixels import BT709, EXACT, Orientation, ToRGB
 
@@ -179,11 +180,6 @@ def is_variable(times: Sequence[Fraction], fps: Fraction) -> bool:
     return any(abs((time - times[0]) * fps - index) > Fraction(1, 2) for index, time in enumerate(times))
 
 
-def to_uint8(frames: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] floats to 0..255, rounded and clamped, of the same shape."""
-    return frames.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-
-
 class VideoWriter:
     """Writes one video, seen under its name only when it is complete.
 
@@ -333,23 +329,36 @@ class VideoWriter:
                 f"{self._name}: got frames of shape {tuple(frames.shape)}, this file takes "
                 f"(1, 3, t, {self._size[0]}, {self._size[1]})."
             )
-        assert self._container is not None, "write() belongs inside the with block"
         for image in batch[0].detach().unbind(1):  # c h w
-            picture = self._reformatter.reformat(
-                _as_picture(image, deep=self._pix_fmt.endswith("10le")),
-                format=self._pix_fmt,
-                dst_colorspace=Colorspace.ITU709,
-                src_color_range=ColorRange.JPEG,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=EXACT,
+            self._add(_as_picture(image, deep=self._pix_fmt.endswith("10le")))
+
+    def write_pixels(self, frames: torch.Tensor) -> None:
+        """Append (t, H, W, 3) frames, RGB, uint8; nothing of them is kept."""
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or tuple(frames.shape[1:]) != (*self._size, 3):
+            raise VideoError(
+                f"{self._name}: got {frames.dtype} pixels of shape {tuple(frames.shape)}, this file takes torch.uint8, "
+                f"(t, {self._size[0]}, {self._size[1]}, 3)."
             )
-            picture.pts, time = self._next_time()
-            picture.time_base = self._stream.codec_context.time_base or 1 / self._fps
-            self.frames += 1
-            self._end = time + 1 / self._fps
-            self._container.mux(self._stream.encode(picture))
-            if self._audio is not None:
-                self._audio.advance(time)
+        for image in frames.cpu().unbind(0):  # h w c
+            self._add(VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24"))
+
+    def _add(self, rgb: VideoFrame) -> None:
+        assert self._container is not None, "frames are written inside the with block"
+        picture = self._reformatter.reformat(
+            rgb,
+            format=self._pix_fmt,
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=EXACT,
+        )
+        picture.pts, time = self._next_time()
+        picture.time_base = self._stream.codec_context.time_base or 1 / self._fps
+        self.frames += 1
+        self._end = time + 1 / self._fps
+        self._container.mux(self._stream.encode(picture))
+        if self._audio is not None:
+            self._audio.advance(time)
 
     def _next_time(self) -> tuple[int, Fraction]:
         if self._times is None:

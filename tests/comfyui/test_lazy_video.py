@@ -143,6 +143,22 @@ def test_it_can_be_written_into_memory(comfy: Comfy, choice: str) -> None:
         assert ("10" in file.streams.video[0].codec_context.pix_fmt) == (choice != "webm")
 
 
+def test_files_of_8_bits_are_made_from_bytes(comfy: Comfy, tmp_path: Path) -> None:
+    """The same file, and of a part, too; where more bits are asked for, frames in 0..1 serve."""
+    noise = torch.randint(256, (20, 48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    floats, levels = _Maker(noise / 255), _Maker(noise)
+    plain, video = _lazy(comfy, floats), _lazy(comfy, floats, byte_frames=levels)
+    for one, bits in ((video, 8), (plain, 8), (video.as_trimmed(4 / RATE, 10 / RATE), 8), (video, 10)):
+        one.save_to(str(tmp_path / "a.mp4"), bit_depth=bits)
+        (tmp_path / "a.mp4").rename(tmp_path / f"{len(list(tmp_path.iterdir()))}.mp4")
+    assert levels.asked == [(0, 20), (4, 14)]
+    assert floats.asked == [(0, 20), (0, 20)]
+    assert levels.closed == 2
+    files = [_read(comfy, tmp_path / f"{n}.mp4") for n in (1, 2, 3)]
+    assert torch.equal(files[0], files[1])
+    assert files[2].shape[0] == 10
+
+
 def test_unknown_choices_are_refused_before_decoding(comfy: Comfy, tmp_path: Path) -> None:
     maker = _Maker(_clip(9))
     for choice, said in (

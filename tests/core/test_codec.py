@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vae_core
+from vae_core.cv_vae import CVVAEConfig
 
 Make = Callable[..., vae_core.VideoVAE]
 
@@ -60,6 +61,9 @@ def test_scaling_lies_on_the_right_side(small_vae: Make) -> None:
     assert (cv.info.scale_factor, cv.info.shift_factor, cv.info.scaled_by) == (0.18215, 0.0, "sampler")
     sd3 = small_vae("cv-vae-sd3").info
     assert (sd3.scale_factor, sd3.shift_factor, sd3.scaled_by) == (1.5305, 0.0609, "sampler")
+    config = CVVAEConfig(widths=(32, 32, 64, 64), blocks_per_level=1, latent_channels=16, sd3=False)
+    inflated = small_vae(config).info  # as of an image VAE of 16 channels
+    assert (inflated.scale_factor, inflated.shift_factor, inflated.scaled_by) == (1.5305, 0.0609, "sampler")
     assert (iv.info.scale_factor, iv.info.shift_factor, iv.info.scaled_by) == (1.3, 0.1, "vae")
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from vae_core import TilePlan
+from vae_core import TilePlan, output
 from vae_core.codec import VideoVAE
 from vae_core.cv_vae import CVVAEConfig
 from vae_core.iv_vae import IVVAEConfig
 from vae_core.keys import Config, build
+from vae_core.output import collect, host_frames, make_frames
 from vae_core.planner import MARGIN, measured_margin
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False")
@@ -134,3 +135,93 @@ def test_the_margin_of_this_gpu_is_measured(full_vae: VideoVAE) -> None:
     margin = measured_margin(in_use, predicted)
     assert margin is not None
     assert in_use < margin * predicted
+
+
+# ---------------------------------------------------------------------------------------------------- output
+
+
+def frames_of(vae: VideoVAE, latent: torch.Tensor, dtype: torch.dtype, **choice: Any) -> list[torch.Tensor]:
+    """The pieces on the GPU, made into pixels on the CPU."""
+    return [make_frames(piece.cpu(), dtype).pixels for piece in vae.decode_stream(latent.to(CUDA), **choice)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16], ids=["uint8", "fp32", "fp16"])
+@pytest.mark.parametrize("plan", [None, TilePlan(tile=(3, 1), offload=True)], ids=["device", "offload"])
+def test_frames_arrive_whole_and_in_order(family: str, small_vae: Make, dtype: torch.dtype, plan: TilePlan) -> None:
+    """Kept or lent, page-locked or not, and where the GPU has no room to make pixels."""
+    vae = small_vae(family, torch.float32).to(CUDA)
+    latent = latent_of(vae, 14, 8)
+    expected = frames_of(vae, latent, dtype, frames=50, plan=plan)
+    kept = list(vae.decode_frames(latent, dtype=dtype, frames=50, plan=plan, check=True))
+    assert not any(piece.is_pinned() or piece.is_cuda for piece in kept)
+    lent = [piece.clone() for piece in vae.decode_frames(latent, dtype=dtype, frames=50, plan=plan, lent=True)]
+    for got in (kept, lent):
+        assert [piece.shape for piece in got] == [piece.shape for piece in expected]
+        for piece, wanted in zip(got, expected, strict=True):
+            assert (piece.float() - wanted.float()).abs().max() <= (1 if dtype == torch.uint8 else 2e-3)
+
+
+def test_a_late_copy_brings_what_was_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is kept busy, so that copies are asked for long before there is anything to copy."""
+    busy = torch.randn(4096, 4096, device=CUDA)
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for n in range(9):
+            for _ in range(20):
+                busy.matmul(busy)
+            yield torch.full((1, 3, 4, 256, 256), n / 100, device=CUDA)
+
+    def check() -> None:
+        for n, piece in enumerate(host_frames(pieces(), CUDA, torch.float32, lent=True, check=True)):
+            wanted = make_frames(torch.full((1, 3, 1, 1, 1), n / 100), torch.float32).pixels
+            torch.testing.assert_close(piece, wanted.expand_as(piece))
+
+    check()
+    monkeypatch.setattr(output, "MOST_PINNED", 0)
+    check()
+
+
+def test_a_gpu_too_full_for_pixels_has_them_made_in_ram(small_vae: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = small_vae("iv-vae", torch.float32).to(CUDA)
+    latent = latent_of(vae, 6, 4)
+    expected, failed, original = frames_of(vae, latent, torch.uint8), 0, output.make_frames
+
+    def full(piece: torch.Tensor, dtype: torch.dtype, *, check: bool = False) -> output.Frames:
+        nonlocal failed
+        if piece.is_cuda and failed < 2:
+            failed += 1
+            raise torch.OutOfMemoryError("injected")
+        return original(piece, dtype, check=check)
+
+    monkeypatch.setattr(output, "make_frames", full)
+    got = list(vae.decode_frames(latent, dtype=torch.uint8, check=True))
+    assert failed == 2
+    for piece, wanted in zip(got, expected, strict=True):
+        assert (piece.float() - wanted.float()).abs().max() <= 1
+
+
+def test_not_finite_is_seen_on_the_gpu() -> None:
+    pieces = [torch.zeros(1, 3, 2, 8, 8, device=CUDA) for _ in range(4)]
+    pieces[2][0, 1, 1, 3, 3] = torch.nan
+    got: list[torch.Tensor] = []
+    with pytest.raises(output.NotFiniteError, match="Piece 2 of"):
+        got.extend(host_frames(iter(pieces), CUDA, torch.uint8, check=True))
+    assert len(got) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=["uint8", "fp32"])
+def test_frames_on_their_way_take_no_more_with_length(family: str, small_vae: Make, dtype: torch.dtype) -> None:
+    """Memory of the GPU: no more with length, and a piece of pixels beyond what decoding takes."""
+    vae = small_vae(family, torch.float32).to(CUDA)
+
+    def peak(latents: int) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(CUDA)
+        before = torch.cuda.memory_allocated(CUDA)
+        collect(vae.decode_frames(latent_of(vae, latents, 8), dtype=dtype, lent=True), 4 * latents - 3, dim=1)
+        torch.cuda.synchronize(CUDA)
+        return torch.cuda.max_memory_allocated(CUDA) - before
+
+    peak(9)  # workspaces that stay
+    assert peak(101) <= peak(9) + 2**20
+    assert peak(9) <= peak_of(vae, latent_of(vae, 9, 8)) + 17 * 64 * 64 * 3 * dtype.itemsize + 2**20

@@ -151,9 +151,10 @@ def decode(vae: VideoVAE, file: LatentFile, path: Path, *, source: Clip | None, 
     size = file.meta.height, file.meta.width
     made = source.writer(path) if source else VideoWriter(path, fps=file.meta.fps, size=size)
     with made as writer:
-        for piece in vae.decode_stream(file.pieces(), frames=file.meta.frames, size=size):
-            writer.write(piece)
-            advance(piece.shape[2])
+        pieces = vae.decode_frames(file.pieces(), dtype=torch.uint8, lent=True, frames=file.meta.frames, size=size)
+        for piece in pieces:
+            writer.write_pixels(piece[0])
+            advance(piece.shape[1])
 
 
 def reconstruct(
