@@ -1,6 +1,7 @@
 """A set cut evenly over motion: the scores, the choice, the clips, the manifest."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,13 @@ def test_a_clip_is_the_centre_of_its_source(here: Path) -> None:
     error, beside = ((found - wanted.roll(shift, -1)).abs().mean() for shift in (0, 1))
     assert error < 0.04  # colours are stored at half the size, twice
     assert error < 0.5 * beside
+
+
+def test_it_needs_opencv_and_no_matplotlib(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert "nowhere: no such file or folder" in run("nowhere").stderr
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert "This command needs opencv-python-headless, which is not installed" in run("nowhere").stderr
 
 
 def test_nothing_to_cut_says_why(here: Path) -> None:

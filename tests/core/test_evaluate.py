@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -327,6 +328,26 @@ def test_offline_says_what_to_do(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "label"),
+    [
+        (("-p", "tiny"), "tiny"),
+        (("-p", "tiny", "--stride", 3, "--size", "32x16", "--frames", 2, "--start", 1), "tiny"),
+        (("-p", "tiny", "--stride", 2), "tiny, changed"),
+        (("-p", "tiny", "--start", 0), "tiny, changed"),
+        (("--stride", 3), "as asked"),
+    ],
+)
+def test_a_protocol_is_called_changed_where_it_is(
+    here: Path, words: tuple[object, ...], label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROTOCOLS, "tiny", Protocol(name="tiny", size=(16, 32), frames=2, stride=3, start=1))
+    video(here / "videos" / "a.mp4", frames=5, height=16, width=32)
+    result = run("videos", *words, "-v", "shrink-8x", "--no-baseline", "-o", "report")
+    assert result.exit_code == 0, result.output
+    assert report(here / "report")["protocol"]["name"] == label
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (("videos", "--vae", "nowhere.pth"), "--vae nowhere.pth: no such file or folder"),
@@ -347,6 +368,15 @@ def test_wrong_choices_are_named(here: Path, words: tuple[str, ...], said: str) 
     assert result.exit_code == 2, result.output
     assert said in result.stderr.strip().splitlines()[-1]
     assert not (here / "report" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("module", "package"), [("cv2", "opencv-python-headless"), ("matplotlib", "matplotlib")])
+def test_what_is_not_installed_is_named(here: Path, module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    result = run("videos")
+    assert result.exit_code == 2
+    line = f"This command needs {package}, which is not installed: pip install 'cviv-vae[evaluation]'"
+    assert line in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------ diffusers

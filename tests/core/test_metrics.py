@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,6 +139,14 @@ def test_a_wrong_lpips_file_is_named(tmp_path: Path) -> None:
     torch.save({name: tensor for name, tensor in state.items() if "10" not in name}, tmp_path / "cut.pth")
     with pytest.raises(CheckpointError, match="no complete alex network"):
         load_lpips(tmp_path / "cut.pth")
+
+
+def test_lpips_without_torchmetrics_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"features.{name}": tensor for name, tensor in _backbone("alex").state_dict().items()}
+    torch.save(state, tmp_path / "alex.pth")
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)  # as if it were not installed
+    with pytest.raises(CheckpointError, match=r"come with torchmetrics, which is not installed: pip install 'cviv-vae"):
+        load_lpips(tmp_path / "alex.pth")
 
 
 def test_frechet_distance_is_that_of_scipy() -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-_NEEDED = ("av", "huggingface_hub", "PIL", "rich", "torchmetrics", "typer")
+_NEEDED = ("av", "huggingface_hub", "PIL", "rich", "typer")
 
 
 def main() -> None:

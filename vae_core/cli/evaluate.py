@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..evaluation import Outcome, Protocol
 
 SKIPPED = 3  # exit code: done, but videos were left out
-_NEEDED = {"cv2": "opencv-python-headless", "matplotlib": "matplotlib"}
+_OPENCV, _MATPLOTLIB = ("cv2", "opencv-python-headless"), ("matplotlib", "matplotlib")  # module, package
 _SHOWN = (
     ("psnr", "PSNR", 2), ("ssim", "SSIM", 4), ("ms_ssim", "MS-SSIM", 4), ("lpips", "LPIPS", 4), ("fvd", "FVD", 2),
     ("ssim_phase_spread", "spread", 4), ("seam", "seams", 2), ("flicker", "flicker", 2),
@@ -81,7 +81,7 @@ def evaluate_command(
     A run that was ended goes on where it was. A video that cannot be read is reported and left out; the exit code is
     then 3.
     """
-    _check_installed()
+    _check_installed(_OPENCV, _MATPLOTLIB)
     from ..evaluation import choose, evaluate  # needs what only evaluation needs
     from ..evaluation.candidates import BASELINE, image_coder
     from ..evaluation.networks import find_networks
@@ -141,7 +141,7 @@ def build_set_command(
 
     A video that cannot be read is reported and left out; the exit code is then 3.
     """
-    _check_installed()
+    _check_installed(_OPENCV)
     from ..evaluation.build_set import MANIFEST, build_set  # needs what only evaluation needs
     from ..evaluation.protocols import find_videos
 
@@ -185,15 +185,14 @@ def _protocol(
     if name is not None and name not in PROTOCOLS:
         raise UserError(f"--protocol {name} is not known; choose one of {', '.join(PROTOCOLS)}.")
     chosen = PROTOCOLS[name] if name else Protocol(name="as asked")
-    changed = any(value is not None for value in (size, frames, stride, start)) and name is not None
-    return replace(
+    asked = replace(
         chosen,
-        name=f"{name}, changed" if changed else chosen.name,
         size=_size(size) if size else chosen.size,
         frames=frames or chosen.frames,
         stride=stride or chosen.stride,
         start=start if start is not None else chosen.start,
     )
+    return asked if name is None or asked == chosen else replace(asked, name=f"{name}, changed")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -221,8 +220,8 @@ def _check_vaes(names: list[str]) -> None:
             raise UserError(f"--vae {name}: no such file or folder, nor {', '.join((*DEMO_WEIGHTS, BASELINE))}.")
 
 
-def _check_installed() -> None:
-    for module, package in _NEEDED.items():
+def _check_installed(*needed: tuple[str, str]) -> None:
+    for module, package in needed:
         if importlib.util.find_spec(module) is None:
             raise UserError(f"This command needs {package}, which is not installed: pip install 'cviv-vae[evaluation]'")
 

@@ -131,6 +131,9 @@ def _heads(tensors: dict[str, Tensor]) -> dict[int, Tensor]:
 
 def _torchmetrics_heads(kind: str) -> Path:
     spec = importlib.util.find_spec("torchmetrics")
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise CheckpointError(
+            "The trained heads of LPIPS come with torchmetrics, which is not installed: pip install "
+            "'cviv-vae[evaluation]', or give a file that the lpips package saved."
+        )
     return Path(spec.origin).parent / "functional" / "image" / "lpips_models" / f"{kind}.pth"
