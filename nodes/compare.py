@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import comfy.model_management as mm
 import torch
-from comfy_api.latest import Input, io, ui
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from .compare_frames import Comparison
 from .running import Run, report_ui
 from .schema import check_choice, describe, field
-from .video_source import open_video
+from .video_source import Clip, clip_of
 from .wipe_payload import MOST_FRAMES, SIDE
-from .wire import PIECE, image_of, pieces_of, pixels_of
+from .wire import PIECE, image_of, rate_of
 
 MATCH, SHORTER = "must match", "shorter of the two"
 _BYTES_PER_PIXEL = 512  # of device memory that the SSIM of one frame takes, with room to spare
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Clip:
-    """One side. pieces: (1, 3, t, height, width) in [-1, 1], `frames` frames in all."""
-
-    label: str
-    pieces: Iterator[Tensor]
-    frames: int
-    height: int
-    width: int
-    fps: Fraction | None
-
-    def __str__(self) -> str:
-        return f"{self.label} has {self.frames} frames of {self.width}x{self.height}"
 
 
 class Compare(io.ComfyNode):
@@ -134,16 +117,16 @@ class Compare(io.ComfyNode):
         player_frames: int,
     ) -> io.NodeOutput:
         check_choice("frames", frames, (MATCH, SHORTER))
-        a, b = _clip(video_a, label_a.strip() or "video_a"), _clip(video_b, label_b.strip() or "video_b")
+        a, b = clip_of(video_a, label_a.strip() or "video_a"), clip_of(video_b, label_b.strip() or "video_b")
         count = _common_frames(a, b, shorter=frames == SHORTER)
-        rate = Fraction(fps).limit_denominator(1001) if fps else a.fps or b.fps
+        rate = rate_of(fps) or a.fps or b.fps
         run = Run(count, node_id=cls.hidden.unique_id)
         device = mm.get_torch_device()
         mm.free_memory(_BYTES_PER_PIXEL * a.height * a.width, device)
         comparison = Comparison(
             count,
-            (a.height, a.width),
-            labels=(a.label, b.label),
+            a.size,
+            labels=(a.name, b.name),
             fps=rate,
             side=player_side,
             most_frames=player_frames,
@@ -160,28 +143,9 @@ class Compare(io.ComfyNode):
         return io.NodeOutput(chart, done.table, ui=shown)
 
 
-def _clip(video: Any, label: str) -> _Clip:
-    """A side of the comparison from a VIDEO or an IMAGE."""
-    if isinstance(video, Input.Video):
-        source = open_video(video)
-        return _Clip(
-            label=label,
-            pieces=source.frames(),
-            frames=source.count(),
-            height=source.height,
-            width=source.width,
-            fps=source.fps,
-        )
-    if not isinstance(video, Tensor):
-        raise ValueError(f"{label} is a {type(video).__name__}; connect an IMAGE batch or a VIDEO.")
-    pixels = pixels_of(video)
-    frames, height, width, _ = pixels.shape
-    return _Clip(label=label, pieces=pieces_of(pixels), frames=frames, height=height, width=width, fps=None)
-
-
-def _common_frames(a: _Clip, b: _Clip, *, shorter: bool) -> int:
+def _common_frames(a: Clip, b: Clip, *, shorter: bool) -> int:
     """How many frames to compare. Raises ValueError for unequal sizes, and for unequal lengths unless `shorter`."""
-    if (a.height, a.width) != (b.height, b.width):
+    if a.size != b.size:
         raise ValueError(
             f"{a}; {b}. Only frames of one size can be compared, and nothing is cropped or scaled here: put Upscale "
             "Image or a crop before one of the two, or decode with Video VAE Decode, which gives back the true size."
@@ -194,35 +158,30 @@ def _common_frames(a: _Clip, b: _Clip, *, shorter: bool) -> int:
     return min(a.frames, b.frames)
 
 
-def _cut(clip: _Clip, count: int) -> Iterator[Tensor]:
+def _cut(clip: Clip, count: int) -> Iterator[Tensor]:
     """The first `count` frames in pieces of one length, whatever the pieces they come in."""
-    frames = islice(_singles(clip.pieces), count)
+    frames = islice(clip.singles(), count)
     done = 0
     while done < count:
         piece = list(islice(frames, PIECE))
         wanted, done = min(PIECE, count - done), done + len(piece)
         if len(piece) < wanted:
             raise ValueError(
-                f"{clip.label} ended after {done} frames, though it says that it has {clip.frames}: the file is "
+                f"{clip.name} ended after {done} frames, though it says that it has {clip.frames}: the file is "
                 f"damaged or cut short. Make it anew, or set frames to '{SHORTER}' and cut the other clip to {done}."
             )
         yield torch.cat(piece, dim=2)
 
 
-def _singles(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    for piece in pieces:
-        yield from piece.split(1, dim=2)
-
-
-def _remarks(a: _Clip, b: _Clip, count: int) -> list[str]:
+def _remarks(a: Clip, b: Clip, count: int) -> list[str]:
     """What a reader of the figures should know of the two clips."""
     remarks = list[str]()
     if a.frames != b.frames:
         longer = a if a.frames > b.frames else b
-        remarks.append(f"the last {longer.frames - count} frames of {longer.label} have no counterpart: left out")
+        remarks.append(f"the last {longer.frames - count} frames of {longer.name} have no counterpart: left out")
     if a.fps and b.fps and a.fps != b.fps:
         remarks.append(
-            f"{a.label} has {float(a.fps):g} frames per second and {b.label} {float(b.fps):g}: compared frame by "
+            f"{a.name} has {float(a.fps):g} frames per second and {b.name} {float(b.fps):g}: compared frame by "
             "frame, not by time"
         )
     return remarks

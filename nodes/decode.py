@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from .lazy_video import LazyVideo
 from .native import NativeVideoVAE, budget_bytes, collect_images, require
 from .running import Run, keep_report, report_ui
 from .schema import GIB, budget_input, describe, field, latent_input, preview_input, vae_input
-from .wire import Facts, read_facts, whole_frames
+from .wire import Facts, rate_of, read_facts, whole_frames
 
 DEFAULT_FPS = Fraction(24)  # where neither the latent nor the user says
 RESCUED = "latents/undecoded"  # the name below the output folder of a latent whose decode failed
@@ -114,7 +116,7 @@ class Decode(io.ComfyNode):
         run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview)
         budget = budget_bytes(memory_budget_gb)
         with _latent_kept(samples, vae, wanted=save_latent_on_failure):
-            pieces = vae.decode_pieces(z, run, frames=facts.frames, size=facts.size, budget=budget)
+            pieces = vae.decode_pieces(z, run, frames=facts.frames, size=facts.size, budget=budget, lent=True)
             images = collect_images(pieces, z.shape[0], facts.frames).flatten(0, 1)
         for sentence in (*told, f"the images take {images.nbytes / GIB:.2f} GiB of RAM"):
             run.note(sentence)
@@ -186,20 +188,21 @@ class DecodeToVideo(io.ComfyNode):
         facts, told = _facts(samples, z)
         node_id = cls.hidden.unique_id
 
-        def frames(start: int, stop: int) -> Iterator[Tensor]:
+        def frames(start: int, stop: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
             run = Run(stop, node_id=node_id, preview=preview)
             for sentence in told:
                 run.note(sentence)
-            pieces = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id)
+            pieces = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id, dtype)
             with _latent_kept(samples, vae, wanted=save_latent_on_failure):
                 yield from pieces
 
         video = LazyVideo(
             frames,
+            byte_frames=partial(frames, dtype=torch.uint8),
             width=facts.width,
             height=facts.height,
             frame_count=facts.frames,
-            frame_rate=Fraction(fps).limit_denominator(1001) if fps else facts.fps or DEFAULT_FPS,
+            frame_rate=rate_of(fps) or facts.fps or DEFAULT_FPS,
             audio=audio,
             crf=crf,
         )
@@ -207,12 +210,23 @@ class DecodeToVideo(io.ComfyNode):
 
 
 def _part(
-    vae: NativeVideoVAE, z: Tensor, facts: Facts, run: Run, start: int, stop: int, budget: int | None, node_id: str
+    vae: NativeVideoVAE,
+    z: Tensor,
+    facts: Facts,
+    run: Run,
+    start: int,
+    stop: int,
+    budget: int | None,
+    node_id: str,
+    dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """Frames `start` to `stop` as (t, h, w, 3) pieces; those before are decoded, too, since each builds on them."""
-    done = 0
+    """Frames `start` to `stop` as (t, h, w, 3) pieces; those before are decoded, too, since each builds on them.
+
+    In 8 bits they are for the encoder of a file, which keeps none.
+    """
+    done, lent = 0, dtype == torch.uint8
     try:
-        for piece in vae.decode_pieces(z, run, frames=stop, size=facts.size, budget=budget):
+        for piece in vae.decode_pieces(z, run, frames=stop, size=facts.size, budget=budget, dtype=dtype, lent=lent):
             part = piece[0, max(0, start - done) :]
             done += piece.shape[1]
             if part.shape[0]:

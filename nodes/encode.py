@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import replace
 from typing import Any
 
 import torch
-from comfy_api.latest import Input, io
-from torch import Tensor
+from comfy_api.latest import io
 
 from .native import NativeVideoVAE, budget_bytes, require
 from .running import Run, report_ui
 from .schema import budget_input, check_choice, describe, field, vae_input
-from .video_source import open_video
-from .wire import Facts, from_video, make_latent, pieces_of, pixels_of
+from .video_source import Clip, clip_of, open_video
+from .wire import Facts, from_video, make_latent, rate_of
 
 MODES = ("mean", "sample")
 
@@ -41,29 +38,13 @@ def _drawing_inputs() -> list[Any]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """What is to be encoded: pieces (1, 3, t, h, w) in [-1, 1] of `frames` frames in all."""
-
-    pieces: Iterator[Tensor]
-    frames: int
-    height: int
-    width: int
-    fps: Fraction | None
-
-
 def encode_clip(
     vae: NativeVideoVAE, clip: Clip, node_id: str, *, mode: str, seed: int, budget_gb: float
 ) -> tuple[dict[str, Any], str]:
     """The LATENT of a clip, and the report."""
     check_choice("mode", mode, MODES)
     run = Run(clip.frames, node_id=node_id)
-    pieces = clip.pieces
-    if vae.layout == "images":
-        pieces = (frame for piece in pieces for frame in piece.split(1, dim=2))
-        streams = (iter((frame,)) for frame in pieces)
-    else:
-        streams = iter((pieces,))
+    streams = (iter((frame,)) for frame in clip.singles()) if vae.layout == "images" else iter((clip.read(),))
     generator = torch.Generator().manual_seed(seed) if mode == "sample" else None
     length = 1 if vae.layout == "images" else clip.frames
     latents = [
@@ -135,20 +116,8 @@ class Encode(io.ComfyNode):
         cls, vae: Any, images: Any, mode: str, sample_seed: int, fps: float, memory_budget_gb: float
     ) -> io.NodeOutput:
         vae = require(vae)
-        rate = Fraction(fps).limit_denominator(1001) if fps else None
-        if isinstance(images, Input.Video):
-            source = open_video(images)
-            clip = Clip(
-                pieces=source.frames(),
-                frames=source.count(),
-                height=source.height,
-                width=source.width,
-                fps=rate or source.fps,
-            )
-        else:
-            pixels = pixels_of(images)
-            frames, height, width, _ = pixels.shape
-            clip = Clip(pieces=pieces_of(pixels), frames=frames, height=height, width=width, fps=rate)
+        clip = clip_of(images, "images")
+        clip = replace(clip, fps=rate_of(fps) or clip.fps)
         latent, report = encode_clip(
             vae, clip, cls.hidden.unique_id, mode=mode, seed=sample_seed, budget_gb=memory_budget_gb
         )
@@ -216,13 +185,7 @@ class EncodeVideo(io.ComfyNode):
         vae = require(vae)
         source = open_video(video)
         count = frame_count or None
-        clip = Clip(
-            pieces=source.frames(first_frame, count),
-            frames=source.count(first_frame, count),
-            height=source.height,
-            width=source.width,
-            fps=source.fps,
-        )
+        clip = source.clip("video", first_frame, count)
         latent, report = encode_clip(
             vae, clip, cls.hidden.unique_id, mode=mode, seed=sample_seed, budget_gb=memory_budget_gb
         )

@@ -84,7 +84,8 @@ class LoadVideoVAE(io.ComfyNode):
         target = {"auto": mm.vae_device, "gpu": mm.get_torch_device, "cpu": lambda: torch.device("cpu")}[device]()
         working = DTYPES[dtype] or mm.vae_dtype(target, [torch.bfloat16, torch.float32])
         codec = load(_path(vae_name), device=mm.vae_offload_device(), dtype=working)
-        layout = LAYOUTS[latent_layout] or ("frames" if codec.family == "cv-vae" else "video")
+        is_sd = codec.family == "cv-vae" and codec.info.latent_channels == 4
+        layout = LAYOUTS[latent_layout] or ("frames" if is_sd else "video")
         if layout == "frames" and codec.family == "iv-vae":
             raise ValueError(
                 f"{vae_name} is an IV-VAE, and clip as frame batch is the layout of SD and SVD samplers, which would "

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import field as field_of
-from fractions import Fraction
 from itertools import islice
 from typing import Any
 
 import comfy.sd
 import torch
-from comfy_api.latest import Input, io
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..vae_core import TilePlan
@@ -21,30 +20,14 @@ from ..vae_core.pieces import AnyPlan
 from ..vae_core.regions import split
 from ..vae_core.windows import SPACE
 from .compare_frames import Comparison
-from .encode import Clip, encode_clip
+from .encode import encode_clip
 from .native import NativeVideoVAE, budget_bytes
 from .running import Run, report_ui
 from .schema import budget_input, describe, field
-from .video_source import open_video
-from .wire import PIECE, image_of, images_of, pieces_of, pixels_of
+from .video_source import Clip, clip_of
+from .wire import PIECE, image_of, images_of, pieces_of
 
 LABELS = "original", "round trip"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """What goes in. read: its `frames` frames from the first on, as (1, 3, t, height, width) in [-1, 1], any t."""
-
-    read: Callable[[], Iterator[Tensor]]
-    frames: int
-    height: int
-    width: int
-    fps: Fraction | None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width)."""
-        return self.height, self.width
 
 
 class RoundTrip(io.ComfyNode):
@@ -101,14 +84,14 @@ class RoundTrip(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: Any, video: Any, frame_count: int, memory_budget_gb: float) -> io.NodeOutput:
-        source, told = _source(video, frame_count), _Told()
+        source, told = clip_of(video, "video", frame_count or None), _Told()
         node_id = cls.hidden.unique_id
         if isinstance(vae, NativeVideoVAE):
             parts = _through_ours(vae, source, node_id, memory_budget_gb, told)
         else:
             parts = _through_stock(_require_stock(vae), source, node_id, told)
         comparison = Comparison(source.frames, source.size, labels=LABELS, fps=source.fps)
-        originals, seams = _singles(source.read()), None
+        originals, seams = source.singles(), None
         images, done = torch.empty(source.frames, *source.size, 3), 0
         for part in parts:
             seams = seams or SeamMeter(told.borders)
@@ -133,30 +116,9 @@ class _Told:
     reports: list[str] = field_of(default_factory=list[str])
 
 
-def _source(video: Any, frame_count: int) -> _Source:
-    """The first `frame_count` frames of an IMAGE or a VIDEO, all for 0."""
-    if isinstance(video, Input.Video):
-        source, count = open_video(video), frame_count or None
-        return _Source(
-            read=lambda: source.frames(0, count),
-            frames=source.count(0, count),
-            height=source.height,
-            width=source.width,
-            fps=source.fps,
-        )
-    if not isinstance(video, Tensor):
-        raise ValueError(f"video is a {type(video).__name__}; connect an IMAGE batch or a VIDEO.")
-    pixels = pixels_of(video)[: frame_count or None]
-    frames, height, width, _ = pixels.shape
-    return _Source(read=lambda: pieces_of(pixels), frames=frames, height=height, width=width, fps=None)
-
-
-def _through_ours(
-    vae: NativeVideoVAE, source: _Source, node_id: str, budget_gb: float, told: _Told
-) -> Iterator[Tensor]:
+def _through_ours(vae: NativeVideoVAE, source: Clip, node_id: str, budget_gb: float, told: _Told) -> Iterator[Tensor]:
     """(t, h, w, 3) in 0..1 of one of our VAEs: encoded as Video VAE Encode does, decoded as Video VAE Decode does."""
-    clip = Clip(pieces=source.read(), frames=source.frames, height=source.height, width=source.width, fps=source.fps)
-    latent, report = encode_clip(vae, clip, node_id, mode="mean", seed=0, budget_gb=budget_gb)
+    latent, report = encode_clip(vae, source, node_id, mode="mean", seed=0, budget_gb=budget_gb)
     told.reports.append(f"encoding: {report}")
     run = Run(source.frames, node_id=node_id)
     single = vae.layout == "images"
@@ -173,7 +135,7 @@ def _through_ours(
     told.reports.append(f"decoding: {run.finish()}")
 
 
-def _borders(tiles: AnyPlan, source: _Source, *, chunks: bool) -> Borders:
+def _borders(tiles: AnyPlan, source: Clip, *, chunks: bool) -> Borders:
     """Where a decode was joined: the edges of its tiles, and of its chunks in time."""
     frames = chunk_borders(source.frames) if chunks else ()
     if not isinstance(tiles, TilePlan):
@@ -194,7 +156,7 @@ def _require_stock(vae: Any) -> comfy.sd.VAE:
     )
 
 
-def _through_stock(vae: comfy.sd.VAE, source: _Source, node_id: str, told: _Told) -> Iterator[Tensor]:
+def _through_stock(vae: comfy.sd.VAE, source: Clip, node_id: str, told: _Told) -> Iterator[Tensor]:
     """(t, h, w, 3) in 0..1 of another VAE, by ComfyUI's own encode and decode; padded for it, and cut again.
 
     The VAE of an image model gets a few frames at a time, that of a video model the whole clip.
@@ -244,11 +206,6 @@ def _seam_table(reading: SeamReading) -> list[str]:
     rows = [f"| {name} | {value:.2f} |" for name, value in known if not math.isnan(value)]
     head = ["| change of the error at the borders of ..., over that elsewhere: 1 is none | ratio |", "| --- | --- |"]
     return ["\n".join(head + rows)] if rows else []
-
-
-def _singles(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    for piece in pieces:
-        yield from piece.split(1, dim=2)
 
 
 NODES = [RoundTrip]

@@ -1,4 +1,4 @@
-"""Frames and sound out of any VIDEO, a piece at a time."""
+"""Frames and sound out of any VIDEO, a piece at a time; a VIDEO or an IMAGE as the clip that a node works on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import shutil
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +19,46 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import Input, InputImpl
-from einops import rearrange
 from torch import Tensor
 
 from ..vae_core.errors import VideoError
 from ..vae_core.video import frame_times, probe, read_frames
 from ..vae_core.video_audio import read_sound
 from .lazy_video import LazyVideo, cut_audio
-from .wire import PIECE, pixels_of
+from .wire import PIECE, pieces_of, pixels_of
 
 _TICK = Fraction(1, 10000)  # seconds by which a time given as a float may miss a frame
 
 _log = logging.getLogger("cviv-vae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Frames that a node works on.
+
+    name: in messages. read: its `frames` frames, from the first on each time, as (1, 3, t, height, width) in [-1, 1],
+    any t. fps: None for images.
+    """
+
+    name: str
+    read: Callable[[], Iterator[Tensor]]
+    frames: int
+    height: int
+    width: int
+    fps: Fraction | None
+
+    def __str__(self) -> str:
+        return f"{self.name} has {self.frames} frames of {self.width}x{self.height}"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.height, self.width
+
+    def singles(self) -> Iterator[Tensor]:
+        """The same frames one by one."""
+        for piece in self.read():
+            yield from piece.split(1, dim=2)
 
 
 class VideoSource(ABC):
@@ -66,6 +95,17 @@ class VideoSource(ABC):
             _log.warning("The video has %d frames from frame %d on, fewer than %d.", stop - first, first, count)
         return self._read(first, stop, piece)
 
+    def clip(self, name: str, first: int = 0, count: int | None = None) -> Clip:
+        """The frames of a part."""
+        return Clip(
+            name=name,
+            read=lambda: self.frames(first, count),
+            frames=self.count(first, count),
+            height=self.height,
+            width=self.width,
+            fps=self.fps,
+        )
+
     def audio(self, first: int = 0, count: int | None = None) -> dict[str, Any] | None:
         """The sound of a part as an AUDIO, or None where there is none."""
         return self._sound(*self._span(first, count))
@@ -77,6 +117,17 @@ class VideoSource(ABC):
                 "smaller first frame."
             )
         return first, self.total if count is None else min(first + count, self.total)
+
+
+def clip_of(video: Any, name: str, count: int | None = None) -> Clip:
+    """The first `count` frames, None for all, of a VIDEO or an IMAGE. Raises ValueError where it is neither."""
+    if isinstance(video, Input.Video):
+        return open_video(video).clip(name, count=count)
+    if not isinstance(video, Tensor):
+        raise ValueError(f"{name} is a {type(video).__name__}; connect an IMAGE batch or a VIDEO.")
+    pixels = pixels_of(video)[:count]
+    frames, height, width, _ = pixels.shape
+    return Clip(name=name, read=lambda: pieces_of(pixels), frames=frames, height=height, width=width, fps=None)
 
 
 def open_video(video: Any) -> VideoSource:
@@ -116,8 +167,7 @@ class _LazySource(VideoSource):
     def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
         with contextlib.closing(self._video.pieces(first, stop)) as pieces:
             for images in pieces:
-                for part in images.split(piece):
-                    yield _signed(part)
+                yield from pieces_of(images, piece)
 
     def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
         return self._video.audio_of(first, stop)
@@ -136,8 +186,7 @@ class _TensorSource(VideoSource):
         return self._images.shape[0]
 
     def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
-        for part in self._images[first:stop].split(piece):
-            yield _signed(part.float())
+        yield from pieces_of(self._images[first:stop], piece)
 
     def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
         return cut_audio(self._audio, first / self.fps, stop / self.fps)
@@ -185,11 +234,6 @@ class _FileSource(VideoSource):
         end = self._times[stop] if stop < len(self._times) else self._times[-1] + 1 / self.fps
         sound = read_sound(self._path, self._times[first], end)
         return None if sound is None else {"waveform": sound.samples[None], "sample_rate": sound.rate}
-
-
-def _signed(images: Tensor) -> Tensor:
-    """(t, h, w, 3) in 0..1 to (1, 3, t, h, w) in [-1, 1]."""
-    return (rearrange(images, "t h w c -> 1 c t h w") * 2 - 1).clamp_(-1, 1)
 
 
 def _temporary(source: io.BytesIO) -> Path:

@@ -151,11 +151,10 @@ def pixels_of(images: Tensor) -> Tensor:
     return images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images[..., :3]
 
 
-def pieces_of(images: Tensor) -> Iterator[Tensor]:
-    """An IMAGE as (1, 3, t, h, w) pieces in [-1, 1], so that no second copy of the clip is made."""
-    for start in range(0, images.shape[0], PIECE):
-        part = images[start : start + PIECE].float()
-        yield (rearrange(part, "t h w c -> 1 c t h w") * 2 - 1).clamp_(-1, 1)
+def pieces_of(images: Tensor, piece: int = PIECE) -> Iterator[Tensor]:
+    """An IMAGE as (1, 3, t, h, w) pieces in [-1, 1], t up to `piece`, so that no second copy of the clip is made."""
+    for part in images.split(piece):
+        yield (rearrange(part.float(), "t h w c -> 1 c t h w") * 2 - 1).clamp_(-1, 1)
 
 
 def images_of(piece: Tensor) -> Tensor:
@@ -166,6 +165,11 @@ def images_of(piece: Tensor) -> Tensor:
 def image_of(picture: Image.Image) -> Tensor:
     """An RGB picture as IMAGE, (1, h, w, 3) in 0..1."""
     return torch.from_numpy(np.array(picture)).float().div(255).unsqueeze(0)
+
+
+def rate_of(fps: float) -> Fraction | None:
+    """Frames per second of a widget; None for its 0."""
+    return Fraction(fps).limit_denominator(1001) if fps else None
 
 
 def whole_frames(latents: int) -> int:

@@ -68,6 +68,14 @@ def test_a_vae_of_another_loader(comfy: Comfy, node: str, inputs: dict[str, Any]
     assert "ComfyUI's own VAE Encode and VAE Decode" in message
 
 
+@pytest.mark.parametrize(("node", "name"), [("CVIV_Encode", "images"), ("CVIV_RoundTrip", "video")])
+def test_what_is_no_clip(comfy: Comfy, load_vae: LoadVAE, node: str, name: str) -> None:
+    widgets = {"CVIV_Encode": ENCODE, "CVIV_RoundTrip": {"frame_count": 0, "memory_budget_gb": 0.0}}[node]
+    clip = {"samples": torch.zeros(5, 16, 16, 3)}
+    message = refusal(comfy, node, vae=load_vae(SMALL["cv"]), **{name: clip}, **widgets)
+    assert f"{name} is a dict; connect an IMAGE batch or a VIDEO" in message
+
+
 def test_iv_latents_do_not_go_where_sd_samplers_take_them(comfy: Comfy, load_vae: LoadVAE) -> None:
     message = refusal(
         comfy, "CVIV_LoadVideoVAE", vae_name=SMALL["iv"], **{**LOAD_VAE, "latent_layout": "clip as frame batch"}

@@ -104,6 +104,14 @@ def reports(page: Page) -> dict[str, str]:
     )
 
 
+def statuses(page: Page) -> list[str]:
+    """Types of the nodes that still show what they said while they ran, which their reports repeat."""
+    return page.evaluate(
+        """() => window.app.graph._nodes.filter(node => node.widgets?.some(widget =>
+            widget.name === "$$node-text-preview")).map(node => node.type)"""
+    )
+
+
 def check(found: dict[str, str]) -> None:
     for type_ in ("CVIV_EncodeVideo", "CVIV_Decode", "CVIV_DecodeToVideo"):
         said = found[type_]
@@ -121,6 +129,7 @@ def check(found: dict[str, str]) -> None:
 def test_reports_stand_on_the_nodes(page: Page, tmp_path: Path) -> None:
     page.wait_for_function("document.querySelectorAll('.cviv-report').length === 5")
     check(reports(page))
+    assert statuses(page) == []
     _arrange(page)
     page.wait_for_timeout(500)
     screenshot(page, "report_classic", tmp_path)

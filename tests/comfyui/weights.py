@@ -13,6 +13,7 @@ from .inprocess import Comfy
 
 SMALL = {
     "cv": "small_cv.safetensors",
+    "cv16": "small_cv_16.safetensors",
     "sd3": "small_cv_sd3.safetensors",
     "iv": "small_iv.safetensors",
 }
@@ -24,6 +25,7 @@ def write_small(comfy: Comfy, folder: Path) -> None:
     narrow = cv.CVVAEConfig(widths=(32, 32, 32, 32), blocks_per_level=1, latent_channels=4, sd3=False)
     configs = {
         "cv": narrow,
+        "cv16": replace(narrow, latent_channels=16),
         "sd3": replace(narrow, latent_channels=16, sd3=True),
         "iv": iv.IVVAEConfig(dim=8, latent_channels=4, scale_factor=1.3, shift_factor=0.1),
     }

@@ -3,6 +3,8 @@
 import { app } from "../../../scripts/app.js";
 
 const WIDGET = "cviv_report";
+const PREVIEW = "$$canvas-image-preview"; // ComfyUI's widget for pictures; older front ends draw them to the node's end
+const STATUS = "$$node-text-preview"; // ComfyUI's widget for what a node says while it runs
 const LINE = 16; // pixels
 const MOST_LINES = 14; // a longer report scrolls
 
@@ -53,11 +55,19 @@ function show(node, text) {
       getMinHeight: () => heightFor(element, node.size[0]),
     });
     widget.serialize = false;
+    const preview = node.widgets.findIndex((one) => one.name === PREVIEW);
+    if (preview >= 0) node.widgets.push(...node.widgets.splice(preview, 1)); // below the report
   }
   widget.element.textContent = text;
   const [width, height] = node.computeSize();
   node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
   node.setDirtyCanvas?.(true, true);
+}
+
+// its last words are in the report, too
+function removeStatus(node) {
+  const status = node.widgets?.find((one) => one.name === STATUS);
+  if (status) node.removeWidget(status);
 }
 
 function nodeAt(key) {
@@ -78,7 +88,10 @@ app.registerExtension({
     nodeType.prototype.onExecuted = function (output, ...rest) {
       const result = before?.call(this, output, ...rest);
       const text = reportOf(output);
-      if (text !== null) show(this, text);
+      if (text !== null) {
+        removeStatus(this);
+        show(this, text);
+      }
       return result;
     };
   },
