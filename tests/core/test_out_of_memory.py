@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae_core
 from vae_core import TilePlan
+from vae_core.cv_tiles import CVPass
+from vae_core.iv_tiles import IVPass
+from vae_core.iv_vae import Decoder, Encoder
 from vae_core.pieces import is_out_of_memory
 
 Make = Callable[..., vae_core.VideoVAE]
@@ -21,13 +25,20 @@ RUNGS = [TilePlan(tile=(2, 2)), TilePlan(tile=(1, 2), offload=True), TilePlan(ti
 
 
 class Faults(TorchDispatchMode):
-    """Counts convolutions, and makes the given ones run out of memory."""
+    """Writes down convolutions, and makes the given ones run out of memory.
+
+    log: of every convolution what tells it from others: the sums of its input and of its kernel.
+    """
 
     def __init__(self, at: set[int] | None = None) -> None:
         super().__init__()
         self.at = set() if at is None else at
-        self.calls = 0
+        self.log: list[tuple[float, float]] = []
         self.inputs: list[weakref.ref[Tensor]] = []
+
+    @property
+    def calls(self) -> int:
+        return len(self.log)
 
     @property
     def failed(self) -> int:
@@ -37,8 +48,8 @@ class Faults(TorchDispatchMode):
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if "convolution" in func.name():
-            n, self.calls = self.calls, self.calls + 1
-            if n in self.at:
+            self.log.append((args[0].sum().item(), args[1].sum().item()))
+            if self.calls - 1 in self.at:
                 self.inputs.append(weakref.ref(args[0]))
                 raise torch.cuda.OutOfMemoryError("injected")
         return func(*args, **(kwargs or {}))
@@ -114,18 +125,63 @@ def test_the_same_plan_may_go_on(family: str, small_vae: Make, decoding: bool) -
     assert torch.equal(got, expected)
 
 
-def test_no_finished_piece_is_run_again(family: str, small_vae: Make, decoding: bool) -> None:
-    """Only the chunk that failed runs its layers again; IV-VAE not even that, only the layer of the tile."""
+PARTS = (
+    (CVPass, "begin"),
+    (IVPass, "begin"),
+    (Encoder, "fine_layer"),
+    (Decoder, "fine_layer"),
+    (IVPass, "_encode_coarse"),
+)
+
+
+def undisturbed(
+    vae: vae_core.VideoVAE, x: Tensor, decoding: bool, plan: TilePlan | None
+) -> tuple[list[tuple[float, float]], list[int]]:
+    """The convolutions of a run, and how many were done when each part began.
+
+    A part is what one error takes back: of CV-VAE a chunk; of IV-VAE one layer of one tile, or the layers of one group
+    that see whole frames.
+    """
+    begun: list[int] = []
+
+    def watched(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            begun.append(faults.calls)
+            return original(*args, **keywords)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, Faults() as faults:
+        for owner, name in PARTS:
+            patch.setattr(owner, name, watched(getattr(owner, name)))
+        run(vae, x, decoding, plan=plan)
+    return faults.log, begun
+
+
+@pytest.mark.parametrize(
+    ("plan", "then", "tiles"),
+    [(None, TilePlan(tile=50), 1), (TilePlan(tile=2), TilePlan(tile=2), 2), (RUNGS[1], RUNGS[1], 4)],
+    ids=["whole", "tiles", "offloaded"],
+)
+def test_only_the_part_that_failed_runs_again(
+    family: str, small_vae: Make, decoding: bool, plan: TilePlan | None, then: TilePlan, tiles: int
+) -> None:
+    """Convolution by convolution: as undisturbed up to the error, and then the part again by the other plan."""
     vae = small_vae(family)
     x = clip(vae, decoding)
-    with Faults() as plain:
-        run(vae, x, decoding)
-    with Faults({plain.calls - 3}) as faults:  # in the last piece
-        run(vae, x, decoding, recover=lambda error, plan: vae_core.TilePlan(tile=50))
-    assert faults.failed == 1
-    again = faults.calls - plain.calls
-    # a layer, or what follows the first attention; of CV-VAE one chunk of two
-    assert 0 < again <= (0.15 if family == "iv-vae" else 0.8) * plain.calls
+    before, begun = undisturbed(vae, x, decoding, plan)
+    after, begun_after = undisturbed(vae, x, decoding, then)
+    if family == "iv-vae":  # of each group: what sees whole frames, and every layer of every tile
+        layers = len((vae.model.decoder if decoding else vae.model.encoder).fine_layers)
+        assert len(begun) == 3 * (1 + tiles * layers + (not decoding))
+    else:
+        assert len(begun) == 2
+    assert len(begun) == len(begun_after)
+    for n in (len(before) // 3, len(before) // 2, len(before) - 3):
+        with Faults({n}) as faults:
+            run(vae, x, decoding, plan=plan, recover=lambda error, plan: then)
+        part = bisect_right(begun, n) - 1
+        assert faults.log == before[: n + 1] + after[begun_after[part] :]
 
 
 def test_finished_pieces_are_out_before_an_error_is_raised(family: str, small_vae: Make) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import vae_core
-from vae_core import Plan, ReferencePlan, TilePlan, fused_norm
+from vae_core import Plan, ReferencePlan, TilePlan, cv_tiles, fused_norm, iv_layers
 from vae_core.codec import VideoVAE
 from vae_core.cv_vae import CVVAEConfig
 from vae_core.iv_vae import IVVAEConfig
@@ -165,14 +165,36 @@ def test_ram_is_counted_for_what_waits_there(full_vae: VideoVAE) -> None:
 
 def test_bytes_follow_size_dtype_length_and_plan(full_vae: VideoVAE) -> None:
     whole = full_vae.decode_bytes(45, 80)
-    # large frames run in strips, which need less
-    assert 1.1 * whole <= full_vae.decode_bytes(90, 80) <= 2.25 * whole
-    assert 1.1 * whole <= full_vae.decode_bytes(45, 80, dtype=torch.float32) <= 2.25 * whole
+    # larger frames run in strips, which need less
+    assert 1.1 * whole <= full_vae.decode_bytes(90, 80) <= 2.01 * whole
+    assert 1.1 * whole <= full_vae.decode_bytes(45, 80, dtype=torch.float32) <= 2.01 * whole
     assert full_vae.decode_bytes(45, 80, frames=1) < 0.6 * whole
     assert full_vae.decode_bytes(45, 80, frames=1001) == whole
     assert full_vae.decode_bytes(45, 80, plan=TilePlan(tile=16)) < 0.8 * whole
     assert full_vae.encode_bytes(360, 640) < 1.1 * whole
     assert full_vae.encode_bytes(353, 640) == full_vae.encode_bytes(360, 640)
+
+
+@pytest.mark.parametrize(
+    ("above", "slack"),
+    [
+        (2**62, {"cv-vae": (0.025, 0.001), "cv-vae-sd3": (0.025, 0.001), "iv-vae": (0.01, 0.001)}),
+        (0, {"cv-vae": (0.035, 0.001), "cv-vae-sd3": (0.035, 0.001), "iv-vae": (0.07, 0.06)}),
+    ],
+    ids=["never in strips", "always in strips"],
+)
+def test_bytes_are_in_proportion_where_layers_run_one_way(
+    full_vae: VideoVAE, above: int, slack: dict[str, tuple[float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the rows, or twice the bytes of a number: twice the memory. A strip of IV-VAE does not grow with them."""
+    for module in (cv_tiles, iv_layers):
+        monkeypatch.setattr(module, "STRIPS_ABOVE", above)
+    predict.cache_clear()
+    whole, taller = full_vae.decode_bytes(45, 80), full_vae.decode_bytes(90, 80)
+    wider = full_vae.decode_bytes(45, 80, dtype=torch.float32)
+    predict.cache_clear()
+    assert taller == pytest.approx(2 * whole, rel=slack[full_vae.family][0])
+    assert wider == pytest.approx(2 * whole, rel=slack[full_vae.family][1])
 
 
 # ---------------------------------------------------------------------------------------------------- planning
