@@ -3,8 +3,9 @@
     python benchmarks/ablation.py configs/ablation_iv_vae.toml --out runs/ablation --seeds 0 1 2 --steps 120
 
 Prints one table of the last validations, mean and standard error over the seeds: PSNR and SSIM, how far apart the SSIM
-of the four positions in a group of frames is, and the parameters. The seed sets the weights and the order of the data,
-which is the same for all rows. A run that was stopped goes on where it was; finished ones are not run again.
+of the four positions in a group of frames is, what is gained over the first row with the same seed, and the parameters.
+The seed sets the weights and the order of the data, which is the same for all rows. A run that was stopped goes on
+where it was; finished ones are not run again.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def measure(vae: VideoVAE, clips: list[torch.Tensor]) -> Figures:
     )
 
 
-def row(name: str, runs: list[Figures], parameters: int) -> str:
-    """One line of the table."""
+def row(name: str, runs: list[Figures], baseline: list[Figures], parameters: int) -> str:
+    """One line of the table; what is gained over the baseline is taken seed by seed."""
 
     def cell(values: list[float], digits: int) -> str:
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -82,6 +83,7 @@ def row(name: str, runs: list[Figures], parameters: int) -> str:
 
     cells = [cell([run.psnr for run in runs], 2), cell([run.ssim for run in runs], 4)]
     cells.append(cell([run.spread for run in runs], 4))
+    cells.append(cell([run.psnr - base.psnr for run, base in zip(runs, baseline, strict=True)], 2))
     single = " ".join(f"{run.psnr:.2f}" for run in runs)
     return f"| {name} | {' | '.join(cells)} | {single} | {parameters:,} |"
 
@@ -115,10 +117,11 @@ def main() -> None:
             parameters[name] = sum(p.numel() for p in vae.model.parameters())
             print(f"seed {seed}, {name}: {found[name][-1]}", flush=True)
     print(
-        "\n| | PSNR (dB) | SSIM | SSIM spread over a group | PSNR, each seed | parameters |\n|---|---|---|---|---|---|"
+        "\n| | PSNR (dB) | SSIM | SSIM spread in a group | PSNR over the first row | PSNR, each seed | parameters |"
+        "\n|---|---|---|---|---|---|---|"
     )
     for name, runs in found.items():
-        print(row(name, runs, parameters[name]))
+        print(row(name, runs, next(iter(found.values())), parameters[name]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from .coders import Coder
 from .config import ValidationConfig
 from .image_vae import ImageVAE
 from .journal import sample_grid
+from .losses import kl_divergence
 from .regularization import decoded_frames, map_frames
 
 DEMO_CLIP = "demo-clip"
@@ -53,19 +54,19 @@ def validate(
 ) -> Validation:
     """Reconstruct each clip through the posterior mean, in the coder's precision.
 
-    Figures: psnr (dB) and ssim, means over all frames; lpips where the network is given; latent_mean and
-    latent_deviation; with the frozen image VAE also compatible_psnr: what it decodes from the latents, frame by frame,
-    against the last frame of each group of four.
+    Figures: psnr (dB) and ssim, means over all frames; kl, summed over the latents of a clip; lpips where the network
+    is given; latent_mean and latent_deviation; with the frozen image VAE also compatible_psnr: what it decodes from the
+    latents, frame by frame, against the last frame of each group of four.
     """
     found: dict[str, list[Tensor]] = {}
     latents: list[Tensor] = []
     rows: list[Tensor] = []
     for clip in clips:
-        mean, _ = coder.moments(clip.to(device))
+        mean, logvar = coder.moments(clip.to(device))
         decoded = coder.decode(mean)[0].cpu()
         shown = [clip[0], decoded[0]]
         psnr, ssim = frame_quality(decoded, clip)
-        figures = {"psnr": psnr, "ssim": ssim}
+        figures = {"psnr": psnr, "ssim": ssim, "kl": kl_divergence(mean, logvar)[None].cpu()}
         if lpips is not None:
             figures["lpips"] = lpips.frames(decoded, clip)
         if image_vae is not None:
