@@ -23,7 +23,7 @@ from .windows import SPACE
 
 Layer = Callable[[Tensor], Tensor]
 Pieces = list[tuple[int, Tensor]]  # (first frame, frames)
-STRIPS_ABOVE = 1280 * 2**20  # bytes of a layer's activations from which on a whole chunk runs in strips of rows
+STRIPS_ABOVE = 320 * 2**20  # bytes of a layer's activations from which on a whole chunk runs in strips of rows
 STRIP_BYTES, MOST_STRIPS = 256 * 2**20, 6
 
 

@@ -170,7 +170,8 @@ def test_bytes_follow_size_dtype_length_and_plan(full_vae: VideoVAE) -> None:
     assert 1.1 * whole <= full_vae.decode_bytes(45, 80, dtype=torch.float32) <= 2.01 * whole
     assert full_vae.decode_bytes(45, 80, frames=1) < 0.6 * whole
     assert full_vae.decode_bytes(45, 80, frames=1001) == whole
-    assert full_vae.decode_bytes(45, 80, plan=TilePlan(tile=16)) < 0.8 * whole
+    assert full_vae.decode_bytes(45, 80, plan=TilePlan(tile=16)) < 0.9 * whole
+    assert full_vae.decode_bytes(45, 80, plan=TilePlan(tile=16, offload=True)) < 0.6 * whole
     assert full_vae.encode_bytes(360, 640) < 1.1 * whole
     assert full_vae.encode_bytes(353, 640) == full_vae.encode_bytes(360, 640)
 
