@@ -140,6 +140,18 @@ def test_encode_then_decode_is_reconstruct(here: Path, weights: dict[str, Path])
     same_sound(here / "clip.mp4", here / "decoded.mp4", offset=3 / 25, length=0.8)
 
 
+def test_frames_that_are_not_finite_are_not_written(here: Path, weights: dict[str, Path]) -> None:
+    clip(here / "clip.mkv", 5, 32, 40)
+    succeed("encode", "clip.mkv", "-w", weights["iv-vae"])
+    vae = vae_core.load(weights["iv-vae"])
+    with torch.no_grad():
+        next(vae.model.decoder.parameters()).fill_(float("nan"))
+    vae_core.save(vae, here / "broken.safetensors")
+    line = fail("decode", "clip.latent.safetensors", "-w", "broken.safetensors", code=1)
+    assert "Piece 0 of the result holds NaN or infinity. In float16, load the VAE in bfloat16 or float32" in line
+    assert files(here) == {"clip.mkv", "clip.latent.safetensors", "broken.safetensors"}
+
+
 def test_a_latent_outlives_its_source(here: Path, weights: dict[str, Path]) -> None:
     with_sound(here / "clip.mp4", 9)
     succeed("encode", "clip.mp4", "-w", weights["cv-vae"])

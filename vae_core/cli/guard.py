@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ..downloads import DownloadError
 from ..errors import CheckpointError, LatentFileError, VideoError
+from ..output import NotFiniteError
 
 P = ParamSpec("P")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -59,7 +60,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _end("Ended from outside. No unfinished file is left behind.", 143)
         except (UserError, CheckpointError, LatentFileError, VideoError) as error:
             _end(str(error), 2)
-        except DownloadError as error:
+        except (DownloadError, NotFiniteError) as error:
             _end(str(error), 1)
         except (MemoryError, torch.cuda.OutOfMemoryError):
             _end("Out of memory. Use a smaller picture, --dtype bfloat16, or --device cpu.", 1)

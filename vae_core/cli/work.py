@@ -151,8 +151,9 @@ def decode(vae: VideoVAE, file: LatentFile, path: Path, *, source: Clip | None, 
     size = file.meta.height, file.meta.width
     made = source.writer(path) if source else VideoWriter(path, fps=file.meta.fps, size=size)
     with made as writer:
-        pieces = vae.decode_frames(file.pieces(), dtype=torch.uint8, lent=True, frames=file.meta.frames, size=size)
-        for piece in pieces:
+        for piece in vae.decode_frames(
+            file.pieces(), dtype=torch.uint8, lent=True, check=True, frames=file.meta.frames, size=size
+        ):
             writer.write_pixels(piece[0])
             advance(piece.shape[1])
 
