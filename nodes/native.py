@@ -21,7 +21,7 @@ from ..vae_core import Plan, ReferencePlan, TilePlan, VideoVAE
 from ..vae_core.checkpoints import official_state
 from ..vae_core.codec import Direction
 from ..vae_core.iv_vae import IVVAEConfig
-from ..vae_core.keys import PUBLISHED_SCALING
+from ..vae_core.keys import default_scaling
 from ..vae_core.output import NotFiniteError, collect
 from ..vae_core.planner import budget_for, with_margin
 from ..vae_core.windows import SPACE, TIME, latent_frames, pixel_frames
@@ -178,8 +178,8 @@ class NativeVideoVAE(comfy.sd.VAE):
         Raises ValueError for an IV-VAE whose scale only its own file tells, since Save VAE writes nothing but tensors.
         """
         config = self.codec.model.config
-        if isinstance(config, IVVAEConfig) and (config.scale_factor, config.shift_factor) != PUBLISHED_SCALING.get(
-            (config.latent_channels, config.dim)
+        if isinstance(config, IVVAEConfig) and (config.scale_factor, config.shift_factor) != default_scaling(
+            config.latent_channels, config.dim, config.parts
         ):
             raise ValueError(
                 "Save VAE cannot keep this VAE's latent scale, and the file would decode its latents wrongly. Use the "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from .cv_vae import CVVAE, LEVELS, CVVAEConfig
 from .detect import Family
 from .errors import CheckpointError
-from .iv_layers import IVParts
+from .iv_layers import PUBLISHED, IVParts
 from .iv_vae import IVVAE, IVVAEConfig
 
 Shape = tuple[int, ...]
@@ -116,7 +116,7 @@ def infer_config(
             parts = _infer_parts(shapes)
             dim = shapes["decoder.conv1.conv.weight"][0] // 8
             z = shapes["decoder.conv1.conv.weight"][1]
-            published = PUBLISHED_SCALING.get((z, dim), (1.0, 0.0))
+            published = default_scaling(z, dim, parts)
             return IVVAEConfig(
                 dim=dim,
                 latent_channels=z,
@@ -141,6 +141,11 @@ def infer_config(
         ) from error
     except ValueError as error:
         raise CheckpointError(f"These look like {family} weights, but their widths are impossible: {error}") from error
+
+
+def default_scaling(latent_channels: int, dim: int, parts: IVParts) -> tuple[float, float]:
+    """(scale_factor, shift_factor) of an IV-VAE whose file says neither: the published numbers, or 1 and 0."""
+    return PUBLISHED_SCALING.get((latent_channels, dim), (1.0, 0.0)) if parts == PUBLISHED else (1.0, 0.0)
 
 
 def _infer_parts(shapes: Mapping[str, Shape]) -> IVParts:

@@ -14,6 +14,7 @@ from vae_core.checkpoints import official_state, save
 from vae_core.errors import CheckpointError
 from vae_core.iv_layers import PUBLISHED, CausalConv3d, IVParts, TemporalConv
 from vae_core.iv_vae import IVVAE, IVVAEConfig
+from vae_core.keys import infer_config
 from vae_core.memory import Memory, name_slots
 
 CONFIG = IVVAEConfig(dim=8, latent_channels=4, scale_factor=1.3, shift_factor=0.1)
@@ -121,6 +122,21 @@ def test_the_default_is_the_published_network() -> None:
         names = official_state(IVVAE(CONFIG)).keys()
     assert {"encoder.conv1.conv_2d.weight", "encoder.head.2.PAC_0.conv.weight"} <= names
     assert len(names) == 362
+
+
+def test_published_scaling_is_for_the_published_network_alone() -> None:
+    with torch.device("meta"):
+        states = [official_state(IVVAE(replace(CONFIG, dim=64, latent_channels=16, parts=parts))) for parts in ALL[:2]]
+    configs = [
+        infer_config(
+            {name: tuple(t.shape) for name, t in state.items()}, "iv-vae", scale_factor=None, shift_factor=None
+        )
+        for state in states
+    ]
+    assert [(config.scale_factor, config.shift_factor) for config in configs if isinstance(config, IVVAEConfig)] == [
+        (0.9697, -0.1553),
+        (1.0, 0.0),
+    ]
 
 
 def test_weights_without_a_part_are_named_as_incomplete(vae: VideoVAE) -> None:
