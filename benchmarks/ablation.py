@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from regularization import trained
 
 from vae_core import VideoVAE, load
 from vae_core.iv_layers import IVParts
 from vae_core.metrics import frame_quality
 from vae_core.training.config import TrainConfig, read_config
-from vae_core.training.loop import FINAL, Trainer, Watch
+from vae_core.training.loop import FINAL
 from vae_core.training.validation import validation_clips
 
 GROUP = 4
@@ -49,12 +50,7 @@ def train(config: TrainConfig) -> VideoVAE:
     """The trained VAE of one run, from its folder if it was finished before."""
     final = config.out / FINAL
     if not final.exists():
-        trainer = Trainer(config, torch.device("cpu"))
-        if trainer.checkpoints.newest() is not None:
-            trainer.resume()
-        quiet = Watch(step=lambda *_: None, validation=lambda *_: None, should_stop=lambda: False)
-        trainer.run(quiet)
-        trainer.batches.close()
+        trained(config)
     return load(final)
 
 

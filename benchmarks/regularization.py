@@ -37,14 +37,20 @@ def variants(config: TrainConfig) -> dict[str, RegularizationConfig | None]:
     return found
 
 
-def train(config: TrainConfig, image_vae: str) -> Figures:
-    """The figures of the last validation, `compatible_psnr` included also where nothing was regularized."""
+def trained(config: TrainConfig) -> Trainer:
+    """A run at its end, on the CPU; one that was stopped goes on where it was."""
     trainer = Trainer(config, torch.device("cpu"))
     if trainer.checkpoints.newest() is not None:
         trainer.resume()
     quiet = Watch(step=lambda *_: None, validation=lambda *_: None, should_stop=lambda: False)
     trainer.run(quiet)
     trainer.batches.close()
+    return trainer
+
+
+def train(config: TrainConfig, image_vae: str) -> Figures:
+    """The figures of the last validation, `compatible_psnr` included also where nothing was regularized."""
+    trainer = trained(config)
     if config.regularization is not None:
         return [line for line in read_log(config.out / "log.jsonl") if line["group"] == "validation"][-1]
     return validate(trainer.best_coder, trainer.clips, trainer.device, frozen_image_vae(image_vae), None).figures
@@ -56,8 +62,9 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/regularization"))
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--set", nargs="+", default=[], help="values in place of the config's: section.key=value ...")
     arguments = parser.parse_args()
-    config = read_config(arguments.config)
+    config = read_config(arguments.config, arguments.set)
     if config.validation is None:
         raise SystemExit("The config has no [validation], from which the figures come.")
     compared = variants(config)
