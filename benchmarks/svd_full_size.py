@@ -115,7 +115,7 @@ def _long(comfy: Any, svd_model: Any, model: Any, latents: int, mode: str) -> An
 
 
 def _adapted(comfy: Any, model: Any) -> Any:
-    core = comfy.pack("vae_core.svd_adapter")
+    core = comfy.pack("vae_core.svd.adapter")
     folder = Path(comfy.module("folder_paths").get_folder_paths("loras")[0])
     folder.mkdir(parents=True, exist_ok=True)
     core.save_adapter(folder / "a.safetensors", core.output_layer(torch.full((4, 320, 3, 3), 1e-4), torch.zeros(4)))

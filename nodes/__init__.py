@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from comfy_api.latest import ComfyExtension, io
 
 MODULES = (
-    "loader",
-    "encode",
-    "decode",
-    "latent_layout",
-    "latent_join",
-    "latent_files",
-    "plan",
-    "detail_fusion",
-    "compare",
-    "round_trip",
-    "svd_conditioning",
-    "svd_long",
-    "svd_adapter",
-    "svd_training",
+    "loading.loader",
+    "clips.encode",
+    "clips.decode",
+    "latents.layout",
+    "latents.join",
+    "latents.files",
+    "clips.plan",
+    "compare.detail",
+    "compare.videos",
+    "compare.round_trip",
+    "svd.conditioning",
+    "svd.long",
+    "svd.adapter",
+    "svd.training",
 )
 
 _log = logging.getLogger("cviv-vae")

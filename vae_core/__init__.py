@@ -1,7 +1,7 @@
 """CV-VAE and IV-VAE: two video VAEs, exact and streaming. This page is the package's public door."""
 
-from .checkpoints import load, save
-from .codec import VAEInfo, VideoVAE
+from .door.checkpoints import load, save
+from .door.codec import VAEInfo, VideoVAE
 from .errors import CheckpointError, LatentFileError, VideoError
 from .memory import Memory
 from .planner import Plan

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 
 from .cv_vae import CVVAE, LEVELS, CVVAEConfig
-from .detect import Family
 from .errors import CheckpointError
 from .iv_layers import PUBLISHED, IVParts
 from .iv_vae import IVVAE, IVVAEConfig
+from .weights.detect import Family
 
 Shape = tuple[int, ...]
 Config = CVVAEConfig | IVVAEConfig

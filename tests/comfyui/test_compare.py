@@ -173,7 +173,7 @@ def test_refusals(comfy: Comfy) -> None:
 def test_a_video_that_ends_early(comfy: Comfy) -> None:
     made = picture(20, 16, 16)
 
-    class Cut(comfy.pack("nodes.lazy_video").LazyVideo):  # type: ignore[misc]
+    class Cut(comfy.pack("nodes.bridge.lazy_video").LazyVideo):  # type: ignore[misc]
         def pieces(self, start: int, stop: int) -> Any:
             yield from made[start : min(stop, 18)].split(7)
 
@@ -190,7 +190,7 @@ def test_old_pictures_go(comfy: Comfy) -> None:
 
 
 def test_payload_of_images_in_memory(comfy: Comfy) -> None:
-    module = comfy.pack("nodes.wipe_payload")
+    module = comfy.pack("nodes.compare.wipe")
     a = picture(4, 16, 24)
     payload = module.wipe_payload(a, noisy(a), ("one", "other"), {"PSNR (dB)": [1.0, math.nan, math.inf, 2.0]})
     (player,) = payload["cviv_wipe"]

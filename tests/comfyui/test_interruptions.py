@@ -20,7 +20,7 @@ from .weights import SMALL, picture
 @pytest.fixture(autouse=True)
 def _nothing_remembered(comfy: Comfy) -> Iterator[None]:
     yield
-    comfy.pack("nodes.session").SESSION.clear()
+    comfy.pack("nodes.bridge.session").SESSION.clear()
 
 
 @pytest.mark.parametrize("name", ["cv", "iv"])
@@ -158,7 +158,7 @@ def test_a_latent_that_cannot_be_saved_hides_no_error(
 ) -> None:
     vae = load_vae(SMALL["cv"])
     latent, _ = encode(comfy, vae, picture(5, 16, 16))
-    monkeypatch.setattr(comfy.pack("nodes.decode"), "RESCUED", "taken/undecoded")
+    monkeypatch.setattr(comfy.pack("nodes.clips.decode"), "RESCUED", "taken/undecoded")
     (comfy.base / "output" / "taken").touch()
     _break(monkeypatch, vae, RuntimeError("a kernel is missing"))
     with pytest.raises(NodeError, match=r"a kernel is missing\s+The latent could not be saved: The folder"):
@@ -178,7 +178,7 @@ def test_a_cancel_saves_nothing(comfy: Comfy, load_vae: LoadVAE) -> None:
 def test_the_report_names_blended_tiles(comfy: Comfy, load_vae: LoadVAE) -> None:
     """No widget chooses them; whoever does is told."""
     vae = load_vae(SMALL["cv"])
-    run = comfy.pack("nodes.running").Run(5)
+    run = comfy.pack("nodes.bridge.running").Run(5)
     tiles = comfy.pack("vae_core").ReferencePlan(64, 0.25)
     pieces = list(vae.decode_pieces(torch.randn(1, 4, 2, 8, 14), run, tiles=tiles))
     assert pieces[0].shape == (1, 5, 64, 112, 3)
@@ -191,7 +191,7 @@ def test_the_report_names_blended_tiles(comfy: Comfy, load_vae: LoadVAE) -> None
 
 
 def test_the_session_learns_from_the_pieces_that_reach_the_peak(comfy: Comfy) -> None:
-    session = comfy.pack("nodes.session")
+    session = comfy.pack("nodes.bridge.session")
     slack, usual = comfy.pack("vae_core.planner").SLACK, comfy.pack("vae_core.planner").MARGIN
     facts, gib, in_use = session.Session(), 2**30, 0
     gauge = session.Gauge(facts, "cuda:0", predicted=gib, pieces=2, peak=lambda: in_use)
@@ -208,7 +208,7 @@ def test_the_session_learns_from_the_pieces_that_reach_the_peak(comfy: Comfy) ->
 
 
 def test_the_session_learns_nothing_from_a_spoilt_run_or_on_a_cpu(comfy: Comfy) -> None:
-    session = comfy.pack("nodes.session")
+    session = comfy.pack("nodes.bridge.session")
     facts = session.Session()
     gauge = session.Gauge(facts, "cuda:0", predicted=2**30, pieces=1, peak=lambda: 2**40)
     gauge.spoil()
@@ -219,7 +219,7 @@ def test_the_session_learns_nothing_from_a_spoilt_run_or_on_a_cpu(comfy: Comfy) 
 
 
 def test_a_measured_margin_plans_smaller(comfy: Comfy, load_vae: LoadVAE) -> None:
-    vae, session = load_vae(SMALL["cv"]), comfy.pack("nodes.session").SESSION
+    vae, session = load_vae(SMALL["cv"]), comfy.pack("nodes.bridge.session").SESSION
     shape, budget = (1, 4, 5, 32, 32), 2**29
     usual = vae.plan("decode", shape, budget)
     session.measured((str(vae.device), vae.vae_dtype, "cv-vae"), 20.0)

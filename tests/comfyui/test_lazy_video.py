@@ -59,7 +59,7 @@ class _Maker:
 def _lazy(comfy: Comfy, maker: _Maker, **choice: Any) -> Any:
     frames, height, width, _ = maker.clip.shape
     facts = {"width": width, "height": height, "frame_count": frames, "frame_rate": RATE}
-    return comfy.pack("nodes.lazy_video").LazyVideo(maker, **{**facts, **choice})
+    return comfy.pack("nodes.bridge.lazy_video").LazyVideo(maker, **{**facts, **choice})
 
 
 def _read(comfy: Comfy, path: str | Path | io.BytesIO) -> torch.Tensor:
@@ -219,7 +219,7 @@ def test_a_cancelled_save_leaves_no_file_and_frees_the_decoder(comfy: Comfy) -> 
             comfy.module("comfy.model_management").throw_exception_if_processing_interrupted()
             yield piece
 
-    maker_of = comfy.pack("nodes.lazy_video").LazyVideo
+    maker_of = comfy.pack("nodes.bridge.lazy_video").LazyVideo
     video = maker_of(frames, width=64, height=48, frame_count=60, frame_rate=RATE)
     with pytest.raises(CancelledRunError) as caught:
         _save(comfy, video, "video/cancelled")
@@ -368,7 +368,7 @@ def _kinds(comfy: Comfy, clip: torch.Tensor, audio: dict[str, Any] | None, folde
 @pytest.mark.parametrize("kind", ["lazy", "tensors", "file", "memory", "other"])
 def test_every_kind_of_video_gives_frames_and_sound(comfy: Comfy, kind: str, tmp_path: Path) -> None:
     clip, sound = _clip(48), _audio(2)
-    source = comfy.pack("nodes.video_source").open_video(_kinds(comfy, clip, sound, tmp_path)[kind])
+    source = comfy.pack("nodes.bridge.video_source").open_video(_kinds(comfy, clip, sound, tmp_path)[kind])
     assert (source.width, source.height, source.fps, source.count()) == (64, 48, 24, 48)
     for part in ((), (0, 1), (10, 20), (40, None), (40, 99)):
         first, count = (*part, 0, None)[:2] if part else (0, None)
@@ -387,7 +387,7 @@ def test_every_kind_of_video_gives_frames_and_sound(comfy: Comfy, kind: str, tmp
     with pytest.raises(ValueError, match="has 48 frames, numbered from 0; a start at frame 48 is beyond them"):
         source.frames(48)
     silent = _kinds(comfy, clip, None, tmp_path)[kind]
-    assert comfy.pack("nodes.video_source").open_video(silent).audio() is None
+    assert comfy.pack("nodes.bridge.video_source").open_video(silent).audio() is None
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_a_trimmed_file_gives_the_frames_that_comfyui_gives(
             pytest.skip("this ComfyUI trims no videos")
         part = video.as_trimmed(start, duration)
         expected = part.get_components()
-        source = comfy.pack("nodes.video_source").open_video(part)
+        source = comfy.pack("nodes.bridge.video_source").open_video(part)
         assert source.count() == expected.images.shape[0]
         assert _close(_all(source), expected.images)
         heard = source.audio()["waveform"][0, 0]
@@ -415,7 +415,7 @@ def test_a_trimmed_file_gives_the_frames_that_comfyui_gives(
 def test_lazy_frames_come_straight_from_the_decoder(comfy: Comfy) -> None:
     maker = _Maker(_clip(48))
     before = sorted(comfy.base.rglob("*"))
-    source = comfy.pack("nodes.video_source").open_video(_lazy(comfy, maker).as_trimmed(0.5, 0))
+    source = comfy.pack("nodes.bridge.video_source").open_video(_lazy(comfy, maker).as_trimmed(0.5, 0))
     frames = source.frames(4, 20)
     next(frames)
     frames.close()
@@ -433,7 +433,7 @@ def test_tensors_are_read_without_a_copy_of_the_clip(comfy: Comfy) -> None:
         (images[..., :1], images[..., :1].expand(-1, -1, -1, 3)),
     ):
         components = latest.Types.VideoComponents(images=tensor, frame_rate=Fraction(25))
-        source = comfy.pack("nodes.video_source").open_video(latest.InputImpl.VideoFromComponents(components))
+        source = comfy.pack("nodes.bridge.video_source").open_video(latest.InputImpl.VideoFromComponents(components))
         first = next(source.frames(piece=4))
         assert first.untyped_storage().nbytes() == 4 * 48 * 64 * 3 * 4
         assert torch.allclose(_all(source), expected, atol=1e-6)
@@ -444,7 +444,7 @@ def test_a_file_in_memory_leaves_nothing_behind(comfy: Comfy, tmp_path: Path) ->
     folder = Path(comfy.module("folder_paths").get_temp_directory())
     video = _kinds(comfy, _clip(30), None, tmp_path)["memory"]
     before = sorted(folder.rglob("*"))
-    source = comfy.pack("nodes.video_source").open_video(video)
+    source = comfy.pack("nodes.bridge.video_source").open_video(video)
     frames = source.frames(piece=4)
     next(frames)
     del source
@@ -452,12 +452,12 @@ def test_a_file_in_memory_leaves_nothing_behind(comfy: Comfy, tmp_path: Path) ->
     del frames
     assert sorted(folder.rglob("*")) == before
     with pytest.raises(ValueError, match="cannot be read as video"):
-        comfy.pack("nodes.video_source").open_video(type(video)(io.BytesIO(b"no video" * 99)))
+        comfy.pack("nodes.bridge.video_source").open_video(type(video)(io.BytesIO(b"no video" * 99)))
     assert sorted(folder.rglob("*")) == before
 
 
 def test_what_is_no_video_is_named(comfy: Comfy, tmp_path: Path) -> None:
-    latest, open_video = comfy.module("comfy_api.latest"), comfy.pack("nodes.video_source").open_video
+    latest, open_video = comfy.module("comfy_api.latest"), comfy.pack("nodes.bridge.video_source").open_video
     with av.open(str(tmp_path / "tone.m4a"), "w") as file:
         stream = file.add_stream("aac", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(torch.zeros(1, 1024).numpy(), "fltp", "mono")

@@ -285,7 +285,7 @@ def test_save_video_decodes_into_the_file(comfy: Comfy, load_vae: LoadVAE, name:
 
 def test_a_run_of_many_passes_has_one_clock(comfy: Comfy) -> None:
     """Separate images are a pass each, and the report is of all of them."""
-    running = comfy.pack("nodes.running")
+    running = comfy.pack("nodes.bridge.running")
     run = running.Run(2)
     run.begin(torch.device("cpu"))
     start = run._start

@@ -49,7 +49,7 @@ def test_a_report_is_also_an_output_of_the_run(comfy: Comfy, load_vae: LoadVAE) 
 
 
 def test_a_report_on_a_cpu_says_the_peak_of_ram(comfy: Comfy, load_vae: LoadVAE) -> None:
-    most_ram, vae, kept = comfy.pack("nodes.running").most_ram, load_vae(SMALL["cv"]), []
+    most_ram, vae, kept = comfy.pack("nodes.bridge.running").most_ram, load_vae(SMALL["cv"]), []
     before = most_ram()
     assert 1 << 27 < before < 1 << 40  # a process with torch in it
 

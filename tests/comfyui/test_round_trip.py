@@ -72,7 +72,7 @@ def test_the_node_says_what_evaluate_and_python_say(comfy: Comfy, load_vae: Load
     (record,) = outcome.records
 
     vae = core.load(models / SMALL["cv"])
-    original = torch.cat(list(comfy.pack("vae_core.video").read_frames(path)), 2)
+    original = torch.cat(list(comfy.pack("vae_core.media.video").read_frames(path)), 2)
     again = vae.decode(vae.encode(original, pad=True), frames=21, size=(44, 60))
     psnr, ssim = comfy.pack("vae_core.metrics").frame_quality(again, original)
     assert record.frames["psnr"] == pytest.approx(psnr.tolist(), abs=1e-3)

@@ -80,7 +80,7 @@ def _difference(seed: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def _write(comfy: Comfy, folder: Path, name: str, seed: int = 5) -> None:
-    core = comfy.pack("vae_core.svd_adapter")
+    core = comfy.pack("vae_core.svd.adapter")
     core.save_adapter(folder / name, core.output_layer(*_difference(seed)))
 
 
@@ -163,7 +163,7 @@ def test_the_stock_lora_loader_reads_the_same_file(comfy: Comfy, loras: Path) ->
 
 def test_a_small_difference_survives_a_model_in_bf16(comfy: Comfy, loras: Path) -> None:
     """What it changes in one pass, against the same in float32; as a patch of the weights most of it is lost."""
-    core = comfy.pack("vae_core.svd_adapter")
+    core = comfy.pack("vae_core.svd.adapter")
     difference = core.output_layer(*_difference()).times(1e-3)
     core.save_adapter(loras / "tiny.safetensors", difference)
     model = small_svd(comfy)
@@ -257,7 +257,7 @@ def test_a_cancelled_training_goes_on_to_the_same_bits(comfy: Comfy, train: Call
 
 
 def test_latent_files_are_trained_on(comfy: Comfy, train: Callable[..., Any], load_vae: Callable[..., Any]) -> None:
-    folder, latents = comfy.base / "input" / "clips", comfy.pack("vae_core.latents")
+    folder, latents = comfy.base / "input" / "clips", comfy.pack("vae_core.media.latents")
     (folder / "clip.mp4").unlink()
     meta = latents.LatentMeta(family="cv-vae", fps=24, frames=13, height=64, width=64)
     z = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -290,7 +290,7 @@ def test_refusals(comfy: Comfy, train: Callable[..., Any], loras: Path) -> None:
     _write(comfy, loras, "a.safetensors")
     with pytest.raises(NodeError, match="The output layer of this model is already changed"):
         train(_apply(comfy, model, "a.safetensors"))
-    core = comfy.pack("vae_core.svd_adapter")
+    core = comfy.pack("vae_core.svd.adapter")
     core.save_adapter(loras / "wide.safetensors", core.output_layer(torch.zeros(4, 320, 3, 3), torch.zeros(4)))
     with pytest.raises(NodeError, match=r"shape \(4, 320, 3, 3\) and the model has \(4, 32, 3, 3\)"):
         _apply(comfy, model, "wide.safetensors")

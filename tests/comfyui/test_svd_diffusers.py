@@ -23,22 +23,22 @@ def test_the_same_features_as_in_comfyui(comfy: Comfy, tmp_path: Path, monkeypat
     comfy.module("comfy.model_management").load_models_gpu([model])
     state = {f"model.diffusion_model.{name}": t.clone() for name, t in model.model.diffusion_model.state_dict().items()}
     save_file(state, tmp_path / "svd.safetensors")
-    network = comfy.pack("vae_core.svd_diffusers").load_network(tmp_path / "svd.safetensors", torch.float32)
-    session, training = comfy.pack("vae_core.svd_session"), comfy.pack("vae_core.svd_training")
+    network = comfy.pack("vae_core.svd.unet").load_network(tmp_path / "svd.safetensors", torch.float32)
+    session, training = comfy.pack("vae_core.svd.session"), comfy.pack("vae_core.svd.trainer")
     generator = torch.Generator().manual_seed(1)
     x0, image, noise = (torch.randn(n, 4, 8, 8, generator=generator) for n in (5, 1, 5))
     seen = torch.randn(1, 1, 1024, generator=generator)
     clip = session.TrainingClip(name="", x0=x0, image=image, seen=seen, rate=6, augmentation=0.05)
     for sigma, dropped in ((0.3, False), (5.0, False), (80.0, True)):
         drawn = training.Draw(clip=0, sigma=sigma, noise=noise, dropped=dropped)
-        features, target = comfy.pack("nodes.svd_training").network_features(model, clip, drawn)
+        features, target = comfy.pack("nodes.svd.training").network_features(model, clip, drawn)
         ours, our_target = network.features(clip, drawn)
         assert torch.equal(our_target, target)
         assert (ours - features).abs().max() < 1e-3 * features.std()
 
 
 def test_the_same_embedding_as_in_comfyui(comfy: Comfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    core = comfy.pack("vae_core.svd_diffusers")
+    core = comfy.pack("vae_core.svd.unet")
     monkeypatch.setattr(core, "_SIDE", 28)  # the small model's
     clip = small_clip_vision(comfy, tmp_path)
     encoder = core.ImageEncoder(clip.model.state_dict(), CPU, heads=2)

@@ -91,7 +91,7 @@ def test_every_sampler(comfy: Comfy) -> None:
 
 
 def test_windows_fuse_by_weight(comfy: Comfy) -> None:
-    plan = comfy.pack("nodes.svd_windows")
+    plan = comfy.pack("nodes.svd.windows")
     model, _ = function_svd(comfy, lambda call: spread(torch.full((call.frames,), call.start * SCALE), call))
     patched = long_model(comfy, model, LATENTS, fuse="linear")
     result = ksampler(comfy, patched, conditions(indices(1)), empty(LATENTS), cfg=1.0)

@@ -15,7 +15,7 @@ FUSES = ["pyramid", "linear", "overlap-linear"]
     ("latents", "length", "overlap"), [(20, 8, 2), (21, 8, 2), (100, 25, 6), (9, 8, 7), (50, 25, 0)]
 )
 def test_weights(comfy: Comfy, fuse: str, latents: int, length: int, overlap: int) -> None:
-    plan = comfy.pack("nodes.svd_windows")
+    plan = comfy.pack("nodes.svd.windows")
     spans = plan.plan_spans(latents, length, overlap)
     assert all(span.length == length for span in spans)
     assert spans[-1].stop == latents
@@ -27,14 +27,14 @@ def test_weights(comfy: Comfy, fuse: str, latents: int, length: int, overlap: in
 
 
 def test_spans(comfy: Comfy) -> None:
-    plan = comfy.pack("nodes.svd_windows")
+    plan = comfy.pack("nodes.svd.windows")
     assert [(s.start, s.stop, s.known) for s in plan.plan_spans(45, 25, 6)] == [(0, 25, 0), (19, 44, 6), (20, 45, 24)]
     assert [(s.start, s.stop, s.known) for s in plan.plan_spans(25, 25, 6)] == [(0, 25, 0)]
     assert plan.carry_mask(8, 4, 2).tolist() == pytest.approx([0, 0, 1 / 3, 2 / 3, 1, 1, 1, 1])
 
 
 def test_shuffled_noise(comfy: Comfy) -> None:
-    plan = comfy.pack("nodes.svd_windows")
+    plan = comfy.pack("nodes.svd.windows")
     noise = torch.arange(20.0).reshape(20, 1, 1, 1)
     kept = noise.clone()
     shuffled = plan.repeat_noise(noise, 8, 2, 7)
@@ -47,7 +47,7 @@ def test_shuffled_noise(comfy: Comfy) -> None:
 
 
 def test_statistics(comfy: Comfy) -> None:
-    plan = comfy.pack("nodes.svd_windows")
+    plan = comfy.pack("nodes.svd.windows")
     latents = torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(1)) * 3 + 2
     want = torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1)
     have = plan.statistics(latents)

@@ -14,7 +14,7 @@ from vae_core.cli import app as commands
 from vae_core.errors import VideoError
 from vae_core.evaluation.build_set import Scored, build_set, check_set, digest, evenly, score
 from vae_core.evaluation.protocols import find_videos
-from vae_core.video import probe, read_frames
+from vae_core.media.video import probe, read_frames
 
 from .clips import as_pictures, write_av
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vae_core
-from vae_core.checkpoints import official_state
 from vae_core.cv_vae import CVVAE, CVVAEConfig
+from vae_core.door.checkpoints import official_state
 from vae_core.iv_vae import IVVAEConfig
 from vae_core.keys import Config, build, key_map
 

@@ -14,14 +14,14 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import vae_core
-from vae_core.checkpoints import DEMO_WEIGHTS
 from vae_core.cli import app as commands
 from vae_core.cli import report
 from vae_core.cli.guard import guarded
 from vae_core.cli.work import Quality
-from vae_core.latents import open_latent
+from vae_core.door.checkpoints import DEMO_WEIGHTS
+from vae_core.media.latents import open_latent
+from vae_core.media.video import frame_times, probe, read_frames
 from vae_core.metrics import frame_quality
-from vae_core.video import frame_times, probe, read_frames
 
 from .clips import as_pictures, moving_picture, same_sound, tone_file, with_sound, write_av
 

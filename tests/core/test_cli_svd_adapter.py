@@ -17,10 +17,10 @@ from typer.testing import CliRunner, Result
 import vae_core
 from vae_core.cli import app as commands
 from vae_core.errors import CheckpointError
-from vae_core.latents import LatentMeta, save_latent
-from vae_core.svd_adapter import read_adapter
-from vae_core.svd_diffusers import SVDNetwork, load_image_encoder
-from vae_core.svd_keys import CLIP, UNET, clip_tensors, unet_config, unet_layers, unet_name
+from vae_core.media.latents import LatentMeta, save_latent
+from vae_core.svd.adapter import read_adapter
+from vae_core.svd.keys import CLIP, UNET, clip_tensors, unet_config, unet_layers, unet_name
+from vae_core.svd.unet import SVDNetwork, load_image_encoder
 
 from .clips import as_pictures, moving_picture, write_av
 
@@ -119,7 +119,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, small_vae: Callable[..., v
 @pytest.fixture
 def train(svd: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command, on a folder with a video of two clips of 5 frames and one latent file."""
-    monkeypatch.setattr("vae_core.svd_session.HELD_OUT", 2)
+    monkeypatch.setattr("vae_core.svd.session.HELD_OUT", 2)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clips").mkdir()
     write_av(tmp_path / "clips" / "a.mp4", as_pictures(moving_picture(10, 48, 100)))

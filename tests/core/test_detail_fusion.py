@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vae_core.detail_fusion import DetailSettings, Fused, blur, check_counts, fuse_detail
+from vae_core.detail.fusion import DetailSettings, Fused, blur, check_counts, fuse_detail
 
 SIDES = 48, 64
 FULL = DetailSettings(strength=1.0, radius=3.0, confidence=0.5)

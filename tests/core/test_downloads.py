@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import vae_core
-from vae_core import CheckpointError, downloads
-from vae_core.checkpoints import official_state
-from vae_core.downloads import OFFICIAL_FILES, DownloadError, check, download, fetch
+from vae_core import CheckpointError
+from vae_core.door.checkpoints import official_state
+from vae_core.weights import downloads
+from vae_core.weights.downloads import OFFICIAL_FILES, DownloadError, check, download, fetch
 
 
 @dataclass

@@ -23,8 +23,8 @@ import vae_core
 from vae_core.cli import app as commands
 from vae_core.dataset import Counts, EncodeJob, EncodeJobError, EncodeSettings, read_latents
 from vae_core.dataset import job as job_module
+from vae_core.media.video import read_frames
 from vae_core.training.data import TrainingDataError
-from vae_core.video import read_frames
 
 from .clips import as_pictures, moving_picture, write_av
 

@@ -24,8 +24,8 @@ from vae_core.evaluation.protocols import cover, find_videos
 from vae_core.evaluation.records import LINES, pack, unpack
 from vae_core.evaluation.runner import tiles_for
 from vae_core.evaluation.summary import rows
+from vae_core.media.video import read_frames
 from vae_core.metrics import VideoFeatures, frame_quality, phase_means
-from vae_core.video import read_frames
 
 from .clips import as_pictures, moving_picture, write_av
 

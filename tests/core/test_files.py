@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vae_core.detect import describe_foreign, family_of
 from vae_core.errors import CheckpointError
-from vae_core.files import FOREIGN, read_weights, strip_foreign
+from vae_core.weights.detect import describe_foreign, family_of
+from vae_core.weights.files import FOREIGN, read_weights, strip_foreign
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CV, IV = "decoder.conv_in.weight", "encoder.conv1.conv_2d.weight"

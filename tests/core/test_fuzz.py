@@ -26,8 +26,8 @@ from torch import Tensor
 
 import vae_core
 from vae_core.errors import CheckpointError, LatentFileError
-from vae_core.files import read_weights, strip_foreign
-from vae_core.latents import LatentMeta, open_latent, save_latent
+from vae_core.media.latents import LatentMeta, open_latent, save_latent
+from vae_core.weights.files import read_weights, strip_foreign
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 ROOT = Path(__file__).parent.parent.parent

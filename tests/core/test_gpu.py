@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from vae_core import TilePlan, output
-from vae_core.codec import VideoVAE
 from vae_core.cv_vae import CVVAEConfig
+from vae_core.door.codec import VideoVAE
 from vae_core.iv_vae import IVVAEConfig
 from vae_core.keys import Config, build
 from vae_core.output import collect, host_frames, make_frames

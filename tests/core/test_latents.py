@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vae_core.errors import LatentFileError
-from vae_core.latents import LatentMeta, LatentWriter, open_latent, save_latent
+from vae_core.media.latents import LatentMeta, LatentWriter, open_latent, save_latent
 
 META = LatentMeta(
     family="cv-vae", fps=Fraction(24000, 1001), frames=17, height=31, width=41, audio="clip é.mp4", start=7

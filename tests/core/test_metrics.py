@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import lpips as torchmetrics_lpips
 
 import vae_core
-from vae_core.checkpoints import DEMO_FOLDER
+from vae_core.door.checkpoints import DEMO_FOLDER
 from vae_core.errors import CheckpointError
+from vae_core.media.video import read_frames
 from vae_core.metrics import (
     LPIPS,
     Borders,
@@ -41,7 +42,6 @@ from vae_core.metrics import (
 from vae_core.metrics.flicker import warp
 from vae_core.metrics.i3d import I3D
 from vae_core.tiles import Grid, ReferencePlan
-from vae_core.video import read_frames
 
 from .clips import moving_picture
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vae_core.codec import VideoVAE
+from vae_core.door.codec import VideoVAE
 from vae_core.errors import VideoError
+from vae_core.media.video import VideoWriter
 from vae_core.output import Frames, NotFiniteError, collect, host_frames, in_turn, make_frames
 from vae_core.profiler import MemoryProfile
-from vae_core.video import VideoWriter
 
 Make = Callable[..., VideoVAE]
 CPU = torch.device("cpu")

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 import vae_core
-from vae_core.checkpoints import DEMO_FOLDER
+from vae_core.door.checkpoints import DEMO_FOLDER
+from vae_core.media.video import read_frames
 from vae_core.training.camera_moves import CameraMoves
 from vae_core.training.clips import BatchKind
 from vae_core.training.config import CameraMovesConfig
 from vae_core.training.data import ImagePool, TrainingDataError, procedural_images, read_photographs
 from vae_core.training.figures import centre_square, psnr, shrunk_and_enlarged
 from vae_core.training.optimizer import orthogonalised
-from vae_core.video import read_frames
 
 
 @pytest.fixture(autouse=True, scope="module")

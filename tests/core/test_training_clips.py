@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vae_core.media.video import read_frames
 from vae_core.training.clip_decoding import read_picked
 from vae_core.training.clip_files import ClipFile, list_clips
 from vae_core.training.clips import Batch, BatchKind, ClipBatches
 from vae_core.training.data import TrainingDataError
-from vae_core.video import read_frames
 
 from .clips import write_av
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vae_core.errors import VideoError
-from vae_core.video import VideoWriter, frame_times, is_variable, probe, read_frames
+from vae_core.media.video import VideoWriter, frame_times, is_variable, probe, read_frames
 
 from .clips import moving_picture, same_sound, samples, tone_file, with_sound, write_av
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vae_core.errors import VideoError
-from vae_core.video import Codec, Container, VideoWriter, frame_times, probe, read_frames
-from vae_core.video_audio import Sound, read_sound
+from vae_core.media.audio import Sound, read_sound
+from vae_core.media.video import Codec, Container, VideoWriter, frame_times, probe, read_frames
 
 from .clips import moving_picture, samples, tone_file, with_sound, write_av
 

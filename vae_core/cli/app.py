@@ -22,12 +22,12 @@ from rich.progress import (
 from rich.text import Text
 
 from .. import __version__
-from ..checkpoints import DEMO_FOLDER, load
-from ..codec import VideoVAE
-from ..downloads import OFFICIAL_FILES, download
-from ..headers import UnreadableError, read_header
-from ..latents import TENSOR, LatentFile, open_latent
-from ..video import OUTPUT_SUFFIXES, check_output_name, probe
+from ..door.checkpoints import DEMO_FOLDER, load
+from ..door.codec import VideoVAE
+from ..media.latents import TENSOR, LatentFile, open_latent
+from ..media.video import OUTPUT_SUFFIXES, check_output_name, probe
+from ..weights.downloads import OFFICIAL_FILES, download
+from ..weights.headers import UnreadableError, read_header
 from . import report
 from .encode_dataset import encode_dataset_command
 from .evaluate import build_set_command, evaluate_command

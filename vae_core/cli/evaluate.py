@@ -211,7 +211,7 @@ def _checked(plan: type[ReferencePlan], tile_px: int) -> ReferencePlan:
 
 
 def _check_vaes(names: list[str]) -> None:
-    from ..checkpoints import DEMO_WEIGHTS
+    from ..door.checkpoints import DEMO_WEIGHTS
     from ..evaluation.candidates import BASELINE, TILED
 
     for name in names:

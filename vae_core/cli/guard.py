@@ -14,9 +14,9 @@ import torch
 import typer
 from rich.console import Console
 
-from ..downloads import DownloadError
 from ..errors import CheckpointError, LatentFileError, VideoError
 from ..output import NotFiniteError
+from ..weights.downloads import DownloadError
 
 P = ParamSpec("P")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

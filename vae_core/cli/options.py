@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
-from ..checkpoints import load
-from ..codec import VideoVAE
+from ..door.checkpoints import load
+from ..door.codec import VideoVAE
 from .guard import UserError
 
 

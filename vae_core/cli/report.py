@@ -10,7 +10,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from ..video import to_uint8
+from ..atomic import atomic_write
+from ..media.video import to_uint8
 from .work import Quality
 
 MOST_ROWS = 240  # frames shown one by one; a longer clip is shown in spans
@@ -104,12 +105,8 @@ def contact_sheet(
             image = Image.fromarray(to_uint8(picture).permute(1, 2, 0).cpu().contiguous().numpy())
             filter_ = Image.Resampling.LANCZOS if cell_w < width else Image.Resampling.BICUBIC
             sheet.paste(image.resize((cell_w, cell_h), filter_), (margin + label + column * (cell_w + gap), y))
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
+    with atomic_write(path) as part:
         sheet.save(part, format="PNG", optimize=True)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -17,20 +17,20 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ..codec import VideoVAE
-from ..latents import open_latent
-from ..loss_picture import draw_losses
-from ..svd_adapter import OUTPUTS, save_adapter
-from ..svd_session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, augmented
-from ..svd_training import LATENT_SCALE, METHODS, AdapterTrainer, TrainSettings
-from ..video import frame_times, probe, read_frames
+from ..door.codec import VideoVAE
+from ..media.latents import open_latent
+from ..media.video import frame_times, probe, read_frames
+from ..svd.adapter import OUTPUTS, save_adapter
+from ..svd.loss_picture import draw_losses
+from ..svd.session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, augmented
+from ..svd.trainer import LATENT_SCALE, METHODS, AdapterTrainer, TrainSettings
 from ..windows import SPACE, TIME, latent_frames
 from .guard import UserError, err, guarded, note, out
 from .options import Device, DType, DTypeOption, Overwrite, device_and_dtype, load_weights
 from .work import check_outputs
 
 if TYPE_CHECKING:
-    from ..svd_diffusers import ImageEncoder, ImageVAE
+    from ..svd.unet import ImageEncoder, ImageVAE
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 LATENTS = ".safetensors"
@@ -75,7 +75,7 @@ def train_svd_adapter_command(
     Ctrl-C keeps what was done; --resume goes on with it.
     """
     _check_installed()
-    from ..svd_diffusers import load_network
+    from ..svd.unet import load_network
 
     places = _places(output, resume=resume, overwrite=overwrite)
     shape = _Shape(frames=frames, width=width, height=height)
@@ -190,7 +190,7 @@ class _Models:
 
     @classmethod
     def load(cls, svd: Path, weights: str, dtype: DType, device: str) -> "_Models":
-        from ..svd_diffusers import load_image_encoder, load_image_vae
+        from ..svd.unet import load_image_encoder, load_image_vae
 
         where, _ = device_and_dtype(dtype, device)
         vae = load_weights(weights, dtype, device)

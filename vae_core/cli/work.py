@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..codec import VideoVAE
+from ..door.codec import VideoVAE
 from ..errors import VideoError
-from ..latents import LatentFile, LatentMeta, LatentWriter
+from ..media.latents import LatentFile, LatentMeta, LatentWriter
+from ..media.video import VideoInfo, VideoWriter, frame_times, is_variable, probe, read_frames
 from ..metrics import frame_quality
-from ..video import VideoInfo, VideoWriter, frame_times, is_variable, probe, read_frames
 from .guard import UserError
 
 Advance = Callable[[int], None]

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import DEMO_WEIGHTS, load
-from ..codec import VideoVAE
+from ..door.checkpoints import DEMO_WEIGHTS, load
+from ..door.codec import VideoVAE
 from ..errors import VideoError
 from ..evaluation.protocols import cover
-from ..files import SUFFIXES
 from ..training.clip_decoding import clip_rate, read_picked
 from ..training.clip_files import ClipFile, list_clips
 from ..training.data import TrainingDataError
+from ..weights.files import SUFFIXES
 from .shards import (
     SUFFIX,
     ClipInfo,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,8 @@ from typing import Any, Literal
 import safetensors.torch
 from torch import Tensor
 
-from ..headers import open_safetensors, read_header
+from ..atomic import atomic_write
+from ..weights.headers import open_safetensors, read_header
 
 ShardFormat = Literal["safetensors", "webdataset"]
 SUFFIX: dict[ShardFormat, str] = {"safetensors": ".safetensors", "webdataset": ".tar"}
@@ -36,15 +36,8 @@ class ClipInfo:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is whole, on the disk, or not there; the writer of the same name that ends last wins."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(path) as part:
+        part.write_bytes(content)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import VideoError
+from ..media.video import VideoInfo, VideoWriter, probe, read_frames
 from ..metrics import optical_flow
-from ..video import VideoInfo, VideoWriter, probe, read_frames
 from .protocols import Protocol, cover
 
 LOOK = 256  # pixels, the shorter side on which motion is measured

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoints import DEMO_WEIGHTS, load
-from ..codec import VideoVAE
+from ..door.checkpoints import DEMO_WEIGHTS, load
+from ..door.codec import VideoVAE
 from ..metrics import Borders, chunk_borders, tile_borders
 from ..pieces import AnyPlan
 from ..tiles import ReferencePlan

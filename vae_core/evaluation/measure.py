@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..media.video import to_uint8
 from ..metrics import (
     LPIPS,
     Borders,
@@ -22,7 +23,6 @@ from ..metrics import (
     phase_means,
     phase_spread,
 )
-from ..video import to_uint8
 
 FVD_FRAMES = 16  # how many frames FVD looks at together
 SMALL = 224  # pixels, the side to which frames wait for FVD

@@ -1,7 +1,6 @@
 """Finding the networks of LPIPS and FVD: a named file, torch's cache, or a download that was asked for."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import TypeVar
 
 import torch
 
-from ..downloads import DownloadError, fetch
+from ..atomic import atomic_write
 from ..errors import CheckpointError
 from ..metrics import load_i3d, load_lpips
+from ..weights.downloads import DownloadError, fetch
 from .measure import Networks
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # the name ends in the first digits of its SHA-256
@@ -60,14 +60,10 @@ def find_networks(
 def fetch_alexnet(folder: Path) -> Path:
     """Download torchvision's AlexNet and check it; returns the file. Raises DownloadError."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{ALEXNET}.part"
-    try:
+    with atomic_write(folder / ALEXNET) as part:
         fetch(ALEXNET_PAGE, part)
         if not hashlib.sha256(part.read_bytes()).hexdigest().startswith(ALEXNET.removesuffix(".pth").rsplit("-", 1)[1]):
             raise DownloadError(f"{ALEXNET_PAGE} came damaged; try again.")
-        os.replace(part, folder / ALEXNET)
-    finally:
-        part.unlink(missing_ok=True)
     return folder / ALEXNET
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from ..atomic import atomic_write
 from ..metrics import chunk_borders
 from .plots import SERIES, address, heat_map, line_chart
 from .published import PUBLISHED
@@ -77,9 +78,8 @@ def write_page(outcome: Outcome, folder: Path, *, clips: int = 4) -> Path:
         f"<style>{style}{colours}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
     )
     path = folder / "report.html"
-    part = path.with_name(".report.html.part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    with atomic_write(path) as part:
+        part.write_text(page, encoding="utf-8")
     return path
 
 

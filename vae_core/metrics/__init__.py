@@ -1,11 +1,11 @@
 """How close a reconstruction is to its original, where it is worst, and whether its seams and flicker show."""
 
-from ..motion import optical_flow
 from .compatibility import Compatibility, ImageCoder, latent_compatibility
 from .flicker import FlickerMeter, WarpMeter
 from .frames import MS_SSIM_LEAST_SIDE, SSIM_LEAST_SIDE, frame_quality, multiscale_ssim
 from .fvd import Moments, frechet_distance
 from .i3d import VideoFeatures, load_i3d
+from .motion import optical_flow
 from .perceptual import LPIPS, load_lpips
 from .phases import phase_means, phase_spread
 from .seams import Borders, SeamMeter, SeamReading, chunk_borders, tile_borders

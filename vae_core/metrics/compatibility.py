@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..codec import VideoVAE
+from ..door.codec import VideoVAE
 from ..windows import TIME, pad_stream
 
 

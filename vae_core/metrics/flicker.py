@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..motion import LEVELS, optical_flow, warp
 from .frames import check_pair
+from .motion import LEVELS, optical_flow, warp
 
 OCCLUDED_PIXELS = 1.0  # forward and backward flow that differ by more say that a pixel has no counterpart
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files import read_weights
+from ..weights.files import read_weights
 
 SIDE = 224  # pixels, what the network was trained on
 LEAST_FRAMES = 9

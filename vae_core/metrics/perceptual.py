@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files import read_weights
+from ..weights.files import read_weights
 from .frames import check_pair
 
 LEAST_SIDE = 32  # pixels; below, AlexNet's last layers have nothing to see

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+
+from ..atomic import atomic_write
 
 FORMAT = "cviv-vae training 1"
 WEIGHTS = ".safetensors"  # ending of the VAE's weights that lie beside a checkpoint
@@ -40,15 +41,8 @@ class Checkpoints:
         """Write `state` as the checkpoint of `step`, then remove the oldest ones beyond `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:08d}.ckpt"
-        part = self.folder / f".{path.name}.part"
-        try:
-            with part.open("wb") as file:
-                torch.save({"format": FORMAT, "step": step, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())  # the older ones are removed below: this one must be on the disk
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic_write(path) as part:  # on the disk at the end, since the older ones are removed
+            torch.save({"format": FORMAT, "step": step, **state}, part)
         for _, old in self.all()[: -self.keep]:
             old.unlink()
             old.with_suffix(WEIGHTS).unlink(missing_ok=True)

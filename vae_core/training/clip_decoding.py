@@ -21,7 +21,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from ..errors import VideoError
-from ..video_pixels import ToRGB
+from ..media.pixels import ToRGB
 from .clip_files import ClipFile
 from .data import TrainingDataError
 

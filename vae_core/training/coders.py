@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import load, official_state, save
-from ..codec import IV_FRAMES, VideoVAE
+from ..atomic import atomic_write
 from ..cv_vae import CVVAE, CVVAEConfig
+from ..door.checkpoints import load, official_state, save
+from ..door.codec import IV_FRAMES, VideoVAE
 from ..iv_vae import IVVAE, IVVAEConfig
 from ..keys import Model, build
 from ..memory import Memory
@@ -104,13 +104,9 @@ class ImageCoder(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the weights under the names that inflation reads; complete or not there at all."""
-        part = path.with_name(f".{path.name}.part")
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        try:
+        with atomic_write(path) as part:
             safetensors.torch.save_file(state, part, metadata={"format": "pt"})
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 Coder = VideoCoder | ImageCoder

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from ..checkpoints import load
-from ..codec import VideoVAE
+from ..door.checkpoints import load
+from ..door.codec import VideoVAE
+from ..media.video import read_frames
 from ..metrics import frame_quality
-from ..video import read_frames
 
 FRAMES = 17
 SIDE = 256

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import DEMO_IMAGE_WEIGHTS
 from ..cv_vae import CVVAE, CVVAEConfig
-from ..detect import Family, describe_foreign, family_of
+from ..door.checkpoints import DEMO_IMAGE_WEIGHTS
 from ..errors import CheckpointError
-from ..files import read_weights, strip_foreign
 from ..keys import infer_config, key_map, official
+from ..weights.detect import Family, describe_foreign, family_of
+from ..weights.files import read_weights, strip_foreign
 from .image_vae import GROUPS, IVImageConfig
 
 Weights = Mapping[str, Tensor]

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints import load, official_state
-from ..codec import VideoVAE
 from ..cv_vae import CVVAE, CVVAEConfig
-from ..detect import Family
+from ..door.checkpoints import load, official_state
+from ..door.codec import VideoVAE
 from ..iv_vae import IVVAE, IVVAEConfig
 from ..keys import key_map, official
+from ..weights.detect import Family
 from .image_weights import OUR_EPS, CVImageWeights, InflationError, IVImageWeights, Weights, read_image_vae
 
 _DROPPED = 3  # directions of an attention's output that `_through_time` cannot pass

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..video import to_uint8
+from ..media.video import to_uint8
 
 MOST_COLUMNS = 6
 

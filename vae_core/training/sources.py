@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..checkpoints import DEMO_IMAGE_WEIGHTS, DEMO_WEIGHTS, load
-from ..detect import family_of
-from ..files import read_weights, strip_foreign
+from ..door.checkpoints import DEMO_IMAGE_WEIGHTS, DEMO_WEIGHTS, load
+from ..weights.detect import family_of
+from ..weights.files import read_weights, strip_foreign
 from .camera_moves import CameraMoves
 from .clips import ClipBatches
 from .coders import FrameByFrame, read_image_model

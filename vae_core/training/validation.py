@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoints import DEMO_FOLDER
+from ..door.checkpoints import DEMO_FOLDER
 from ..metrics import LPIPS, frame_quality
 from .clips import BatchKind, ClipBatches
 from .coders import Coder

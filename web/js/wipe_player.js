@@ -1,4 +1,4 @@
-// A player for two clips on every node of this pack whose output has the key "cviv_wipe" (nodes/wipe_payload.py).
+// A player for two clips on every node of this pack whose output has the key "cviv_wipe" (nodes/compare/wipe.py).
 // Without this file the node still has its chart, table and report.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";

@@ -1,0 +1,427 @@
+"""The VAE object: a ComfyUI VAE that stock nodes can use, over a `vae_core.VideoVAE`.
+
+Every attribute that either version of ComfyUI reads is set here; nothing of the parent's constructor runs. Pixels and
+latents are on the CPU and pass through the device one piece at a time, in all entry points.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ...vae_core import Plan, ReferencePlan, TilePlan, VideoVAE
+from ...vae_core.door.checkpoints import official_state
+from ...vae_core.door.codec import Direction
+from ...vae_core.iv_vae import IVVAEConfig
+from ...vae_core.keys import default_scaling
+from ...vae_core.output import NotFiniteError, collect
+from ...vae_core.planner import budget_for, with_margin
+from ...vae_core.windows import SPACE, TIME, latent_frames, pixel_frames
+from .running import Run
+from .schema import GIB
+from .session import SESSION, Gauge, peak_reader
+from .wire import Layout, check_latent, from_video, pieces_of, pixels_of, read_facts, to_video
+
+_log = logging.getLogger("cviv-vae")
+_AUTOMATIC_SHARE = 0.85  # of the device memory that could be free; the rest is for what cannot be foreseen
+
+Tiling = TilePlan | ReferencePlan | None
+
+
+class Ratio(tuple):
+    """(function of frames, 8, 8), which is 8 to a node that computes with it: ComfyUI 0.3 inpainting does."""
+
+    def __rfloordiv__(self, other: int) -> int:
+        return other // self[-1]
+
+    def __rmod__(self, other: int) -> int:
+        return other % self[-1]
+
+    def __rmul__(self, other: int) -> int:  # type: ignore[override]
+        return other * self[-1]
+
+
+def _to_unit(pixels: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1], clamped; in place and returned, because versions of ComfyUI differ in which they use."""
+    return pixels.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+
+
+def _to_signed(pixels: Tensor) -> Tensor:
+    return pixels * 2.0 - 1.0
+
+
+class Network(nn.Module):
+    """`first_stage_model`: the network as ComfyUI's base class and other packs call it, with its chunked protocol.
+
+    Tensors are (b, 3, t, h, w) in [-1, 1] and (b, z, t', h/8, w/8); frames beyond 1 + 4N are padded when encoding.
+    """
+
+    comfy_has_chunked_io = True
+
+    def __init__(self, codec: VideoVAE) -> None:
+        super().__init__()
+        self.model = codec.model
+        self.codec = codec
+
+    def decode_output_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
+        """The shape of the frames that a latent of `shape` decodes to."""
+        b, _, t, h, w = shape
+        return b, 3, pixel_frames(t), h * SPACE, w * SPACE
+
+    def encode(self, x: Tensor, device: torch.device | None = None) -> Tensor:
+        """The mean latent; `device` is where the weights are, and is named by ComfyUI alone."""
+        z = self.codec.encode(x, pad=True)
+        return z if device is None else z.to(device)
+
+    def decode(self, z: Tensor, output_buffer: Tensor | None = None) -> Tensor:
+        """Frames, piece by piece into `output_buffer` where there is one."""
+        return _fill(self.codec.decode_stream(z), self.decode_output_shape(z.shape), z, output_buffer)
+
+    def decode_tiled(self, z: Tensor, *, tile_x: int = 32, tile_y: int = 32, **_: Any) -> Tensor:
+        """Exact tiles of `tile_y` x `tile_x` latents: overlap and cuts in time are not needed, and change nothing."""
+        stream = self.codec.decode_stream(z, plan=TilePlan(tile=(tile_y, tile_x)))
+        return _fill(stream, self.decode_output_shape(z.shape), z, None)
+
+    def encode_tiled(self, x: Tensor, *, tile_x: int = 512, tile_y: int = 512, **_: Any) -> Tensor:
+        """Exact tiles of `tile_y` x `tile_x` pixels."""
+        return self.codec.encode(x, pad=True, plan=_tiles_of_pixels(tile_y, tile_x))
+
+
+def _fill(pieces: Iterable[Tensor], shape: tuple[int, ...], like: Tensor, out: Tensor | None) -> Tensor:
+    out = like.new_empty(shape) if out is None else out
+    done = 0
+    for piece in pieces:
+        out[:, :, done : done + piece.shape[2]] = piece
+        done += piece.shape[2]
+    return out
+
+
+def _tiles_of_pixels(height: int, width: int) -> TilePlan:
+    return TilePlan(tile=(max(1, height // SPACE), max(1, width // SPACE)))
+
+
+class NativeVideoVAE(comfy.sd.VAE):
+    """A video VAE on ComfyUI's VAE wire.
+
+    codec: the VAE itself. layout: how it exchanges latents with stock nodes: "frames" (4-D, frames on the batch axis),
+    "video" (5-D) or "images" (4-D, each image by itself). device, dtype: where and in what the network runs.
+    """
+
+    def __init__(self, codec: VideoVAE, *, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+        # the parent's constructor would read a file of another model
+        self.codec, self.layout = codec, layout
+        self.first_stage_model = Network(codec).eval()
+        self.latent_channels, self.latent_dim, self.output_channels = codec.info.latent_channels, 3, 3
+        self.upscale_ratio = (lambda t: max(0, pixel_frames(t)), SPACE, SPACE)
+        self.upscale_index_formula = (TIME, SPACE, SPACE)
+        self.downscale_ratio = Ratio((lambda t: max(0, latent_frames(t)), SPACE, SPACE))
+        self.downscale_index_formula = (TIME, SPACE, SPACE)
+        self.process_input, self.process_output = _to_signed, _to_unit
+        self.working_dtypes = [torch.bfloat16, torch.float32]
+        self.memory_used_decode = self._decode_bytes
+        self.memory_used_encode = self._encode_bytes
+        self.disable_offload, self.not_video, self.crop_input = True, layout == "images", True
+        self.extra_1d_channel = self.pad_channel_value = self.format_encoded = None
+        self.handles_tiling, self.audio_sample_rate = True, 44100
+        self.device, self.vae_dtype, self.output_device = device, dtype, mm.intermediate_device()
+        offload = torch.device("cpu") if device.type == "cpu" else mm.vae_offload_device()
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.first_stage_model, load_device=device, offload_device=offload
+        )
+        self.size = self.patcher.model_size()
+
+    # ------------------------------------------------------------------------------------------- what stock nodes call
+
+    def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
+        """Stock decoding: (b, t, h, w, 3) of a 5-D latent, (n, h, w, 3) of a 4-D one, in 0..1."""
+        return self._decode_all(samples_in, None)
+
+    def decode_tiled(
+        self,
+        samples: Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> Tensor:
+        """Stock tiled decoding, in exact tiles: overlap and cuts in time are not needed and change nothing."""
+        return self._decode_all(samples, TilePlan(tile=(tile_y or 64, tile_x or 64)))
+
+    def encode(self, pixel_samples: Tensor) -> Tensor:
+        """Stock encoding of (n, h, w, c) or (b, t, h, w, c) in 0..1; sides are cropped to multiples of 8."""
+        return self._encode_all(pixel_samples, None)
+
+    def encode_tiled(
+        self,
+        pixel_samples: Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> Tensor:
+        """Stock tiled encoding, in exact tiles."""
+        return self._encode_all(pixel_samples, _tiles_of_pixels(tile_y or 512, tile_x or 512))
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """The weights under their official names, so that Save VAE writes a file that loads again.
+
+        Raises ValueError for an IV-VAE whose scale only its own file tells, since Save VAE writes nothing but tensors.
+        """
+        config = self.codec.model.config
+        if isinstance(config, IVVAEConfig) and (config.scale_factor, config.shift_factor) != default_scaling(
+            config.latent_channels, config.dim, config.parts
+        ):
+            raise ValueError(
+                "Save VAE cannot keep this VAE's latent scale, and the file would decode its latents wrongly. Use the "
+                "file it was loaded from, or vae_core.save in Python."
+            )
+        return official_state(self.codec.model)
+
+    def _decode_all(self, samples: Tensor, tiles: Tiling) -> Tensor:
+        latent = {"samples": samples}
+        z = self.video_latent(latent)
+        pieces = self.decode_pieces(z, Run(z.shape[0] * pixel_frames(z.shape[2])), tiles=tiles, lent=True)
+        images = collect_images(pieces, z.shape[0], pixel_frames(z.shape[2])).to(self.output_device)
+        return images if samples.ndim == 5 else images.flatten(0, 1)
+
+    def _encode_all(self, pixels: Tensor, tiles: Tiling) -> Tensor:
+        pixels = self.vae_encode_crop_pixels(pixels)
+        clips = list(pixels) if pixels.ndim == 5 else [pixels]  # each t h w c
+        if self.layout == "images" and pixels.ndim == 4:
+            clips = list(pixels.unsqueeze(1))
+        run = Run(sum(clip.shape[0] for clip in clips))
+        latents = [torch.cat(list(self._encode_clip(clip, run, tiles)), dim=2) for clip in clips]
+        return from_video(torch.cat(latents), self.layout).to(self.output_device)
+
+    def _encode_clip(self, clip: Tensor, run: Run, tiles: Tiling) -> Iterator[Tensor]:
+        images = pixels_of(clip)
+        shape = (1, 3, images.shape[0], *images.shape[1:3])
+        return self.encode_pieces(pieces_of(images), shape, run, tiles=tiles)
+
+    # ------------------------------------------------------------------------------------------------ what ours call
+
+    def video_latent(self, latent: dict[str, Any]) -> Tensor:
+        """(b, z, t, h, w) of a LATENT, checked to belong to this VAE."""
+        facts = read_facts(latent)
+        samples: Tensor = latent["samples"]
+        check_latent(samples, facts, self.codec.family, self.latent_channels)
+        layout = facts.layout or ("images" if self.layout == "images" else "frames")
+        return to_video(samples, layout)
+
+    def decode_pieces(
+        self,
+        z: Tensor,
+        run: Run,
+        *,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        budget: int | None = None,
+        tiles: Tiling = None,
+        dtype: torch.dtype = torch.float32,
+        lent: bool = False,
+    ) -> Iterator[Tensor]:
+        """Frames of (b, z, t, h, w), clip after clip, as (1, t, h, w, 3) pieces in 0..1 on the CPU.
+
+        frames, size: of every clip; what padding added goes. budget: bytes of device memory for one piece; None: as
+        much as could be free. tiles: decode in these, and do not plan. dtype: torch.uint8 for 0..255. lent: a piece is
+        good until the next is asked for. Raises ValueError for a result that is not finite.
+        """
+        clip_shape = (1, *z.shape[1:])
+        asked = budget, tiles
+        tiles, gauge = self._prepare("decode", clip_shape, run, budget, tiles)
+        recover = self._recover("decode", clip_shape, run, asked, gauge)
+        with self._on_device():
+            for clip in z.detach().to("cpu", torch.float32).split(1):
+                stream = self.codec.decode_frames(
+                    clip, dtype=dtype, lent=lent, check=True, frames=frames, size=size, plan=tiles, recover=recover
+                )
+                for images in _explained(stream, self.codec.dtype):
+                    gauge.piece_done()
+                    run.step(images.shape[1], images[0, -1])
+                    yield images
+                    del images  # not while the next is computed
+
+    def encode_pieces(
+        self,
+        pieces: Iterable[Tensor],
+        shape: tuple[int, ...],
+        run: Run,
+        *,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        budget: int | None = None,
+        tiles: Tiling = None,
+    ) -> Iterator[Tensor]:
+        """Latents of a stream of (1, 3, t, h, w) pieces in [-1, 1], padded to whole latents, as float32 on the CPU.
+
+        shape: of the whole clip. Other arguments as in `decode_pieces` and `VideoVAE.encode_stream`.
+        """
+        asked = budget, tiles
+        tiles, gauge = self._prepare("encode", shape, run, budget, tiles)
+        with self._on_device():
+            stream = self.codec.encode_stream(
+                _counted(pieces, run),
+                pad=True,
+                sample=sample,
+                generator=generator,
+                plan=tiles,
+                recover=self._recover("encode", shape, run, asked, gauge),
+            )
+            for piece in _explained(_guarded(stream), self.codec.dtype):
+                gauge.piece_done()
+                mm.throw_exception_if_processing_interrupted()
+                yield piece.float()
+
+    # --------------------------------------------------------------------------------------------------------- memory
+
+    def _decode_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Device memory that decoding needs: of one piece, however long the clip; shape is the latent's."""
+        return self.codec.decode_bytes(shape[-2], shape[-1], dtype=dtype)
+
+    def _encode_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Device memory that encoding needs: of one piece, however long the clip; shape is the pixels'."""
+        return self.codec.encode_bytes(shape[-2], shape[-1], dtype=dtype)
+
+    def _prepare(
+        self, task: Direction, shape: tuple[int, ...], run: Run, budget: int | None, tiles: Tiling
+    ) -> tuple[Tiling, Gauge]:
+        """Plan, have ComfyUI make room and put the weights on the device; returns the tiles to use."""
+        run.note(f"{self.codec.family}, {str(self.vae_dtype).removeprefix('torch.')} on {self.device}")
+        known = SESSION.tiles_for(self._job(task, shape), (budget, tiles))
+        plan = self.plan(task, shape, budget) if tiles is None else self._described(tiles, task, shape)
+        if known is not None:
+            smaller = self._described(known, task, shape)
+            if smaller.device_bytes < plan.device_bytes:
+                plan = smaller
+                run.note("memory ran out in an earlier run: begins with what worked then; another budget plans anew")
+        if not plan.fits:
+            _log.warning("The smallest tiles need more than the memory allowed; trying them.")
+        run.note(plan_words(plan, self.device))
+        mm.load_models_gpu([self.patcher], memory_required=plan.device_bytes, force_full_load=True)
+        run.begin(self.device, plan.tiles)
+        gauge = Gauge(
+            SESSION,
+            self._setting,
+            predicted=int(plan.device_bytes / SESSION.margin(self._setting)),
+            pieces=2 if self.codec.family == "iv-vae" else 1,  # the first group of an IV-VAE is one frame
+            peak=peak_reader(self.device),
+        )
+        return plan.tiles, gauge
+
+    @property
+    def _setting(self) -> Hashable:
+        return str(self.device), self.vae_dtype, self.codec.family
+
+    def _job(self, task: Direction, shape: tuple[int, ...]) -> Hashable:
+        return str(self.device), self.vae_dtype, self.codec.model.config, task, shape[-2:]
+
+    def _described(self, tiles: Tiling, task: Direction, shape: tuple[int, ...]) -> Plan:
+        plan = self.codec.describe_plan(tiles, shape, task, dtype=self.vae_dtype)
+        return with_margin(plan, SESSION.margin(self._setting))
+
+    def plan(self, task: Direction, shape: tuple[int, ...], budget: int | None) -> Plan:
+        """How a latent ("decode") or a video ("encode") of `shape` would run; budget in bytes, None is automatic."""
+        plan_for = self.codec.plan_decode if task == "decode" else self.codec.plan_encode
+        ram = int(mm.get_free_memory(torch.device("cpu")) * _AUTOMATIC_SHARE)
+        margin = SESSION.margin(self._setting)
+        budget = budget_for(budget or self.could_be_free(), margin)
+        plan = plan_for(shape, budget_bytes=budget, ram_bytes=ram, dtype=self.vae_dtype, device=self.device)
+        return with_margin(plan, margin)
+
+    def could_be_free(self) -> int:
+        """Bytes that this VAE could have for itself once ComfyUI has put other models away."""
+        others = sum(
+            loaded.model_loaded_memory()
+            for loaded in mm.current_loaded_models
+            if loaded.device == self.device and loaded.model is not None and loaded.model is not self.patcher
+        )
+        weights = self.patcher.model_size() - self.patcher.loaded_size()
+        free = mm.get_free_memory(self.device) + (0 if self.device.type == "cpu" else others) - weights
+        return max(1, int(free * _AUTOMATIC_SHARE))
+
+    def _recover(self, task: Direction, shape: tuple[int, ...], run: Run, asked: Hashable, gauge: Gauge) -> Any:
+        """What to do when a piece runs out of memory: the next smaller tiles, from that piece on."""
+        job = self._job(task, shape)
+
+        def recover(error: Exception, tiles: Tiling) -> Tiling:
+            gauge.spoil()
+            mm.soft_empty_cache()
+            smaller = self.codec.smaller_plan(tiles, shape, task, dtype=self.vae_dtype, device=self.device)
+            if smaller is None:
+                SESSION.failed(job)
+                return None
+            SESSION.worked(job, asked, smaller)
+            way = self._described(smaller, task, shape).way
+            sentence = f"out of memory after {run.done} frames; went on from there in smaller pieces: {way}"
+            _log.warning("%s", sentence)
+            run.note(sentence)
+            return smaller
+
+        return recover
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        context = getattr(mm, "cuda_device_context", None)
+        return nullcontext() if context is None else context(self.device)
+
+
+def plan_words(plan: Plan, device: torch.device) -> str:
+    """A plan in words; on a CPU the memory of the device is RAM."""
+    words = str(plan)
+    return words.replace("Device memory: about", "RAM to work in: about") if device.type == "cpu" else words
+
+
+def collect_images(pieces: Iterable[Tensor], clips: int, frames: int) -> Tensor:
+    """(clips, frames, h, w, 3) from the pieces of clip after clip, each of `frames`; allocated once."""
+    return collect(pieces, clips * frames, dim=1)[0].unflatten(0, (clips, frames))
+
+
+def require(vae: object) -> NativeVideoVAE:
+    """`vae` itself where it is ours. Raises ValueError otherwise."""
+    if isinstance(vae, NativeVideoVAE):
+        return vae
+    raise ValueError(
+        f"This node needs a VAE from Load Video VAE; a {type(vae).__name__} of another loader is connected. For that "
+        "one use ComfyUI's own VAE Encode and VAE Decode."
+    )
+
+
+def budget_bytes(gib: float) -> int | None:
+    """The widget `memory_budget_gb` in bytes; None where it says automatic."""
+    return int(gib * GIB) or None
+
+
+def _counted(pieces: Iterable[Tensor], run: Run) -> Iterator[Tensor]:
+    for piece in pieces:
+        yield piece
+        run.step(piece.shape[2])
+
+
+def _guarded(stream: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Pass pieces on; raise NotFiniteError at the first that is not finite."""
+    for index, piece in enumerate(stream):
+        if not torch.isfinite(piece).all():
+            raise NotFiniteError(index)
+        yield piece
+
+
+def _explained(stream: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Pass pieces on; where they are not finite, raise ValueError with the remedy."""
+    try:
+        yield from stream
+    except NotFiniteError as error:
+        remedy = (
+            "float16 overflowed: choose bf16 or fp32 as dtype in Load Video VAE."
+            if dtype == torch.float16
+            else "The input holds NaN or infinity already: look at the node before, or lower its strength."
+        )
+        raise ValueError(f"Piece {error.piece} of the result holds NaN or infinity. {remedy}") from error

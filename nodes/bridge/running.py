@@ -1,0 +1,163 @@
+"""One pass of a VAE seen from ComfyUI: progress, live preview, cancel, and the report of what ran."""
+
+from __future__ import annotations
+
+import html
+import logging
+import sys
+import time
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy_execution.progress import get_progress_state
+from PIL import Image
+from torch import Tensor
+
+from ...vae_core.pieces import AnyPlan
+from .schema import GIB
+
+PREVIEW_SIDE = 512  # largest side of the live preview in pixels
+_PREVIEW_EVERY = 0.5  # seconds
+_log = logging.getLogger("cviv-vae")
+
+
+class Run:
+    """Progress, preview, cancel and report of one pass over `total` frames.
+
+    node_id: of the node that shows bar, preview and text; None for a stock node, which gets the bar alone.
+    preview: whether to show the newest frame.
+    """
+
+    def __init__(self, total: int, *, node_id: str | None = None, preview: bool = False) -> None:
+        self.total, self.done = total, 0
+        self._node_id, self._preview = node_id, preview and node_id is not None
+        self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self._lines: list[str] = []
+        self._start = self._last_preview = time.monotonic()
+        self._device: torch.device | None = None
+        self.tiles: AnyPlan = None  # that the work began in
+        self._ram_before = 0
+
+    def begin(self, device: torch.device, tiles: AnyPlan = None) -> None:
+        """The work starts, on `device` in `tiles`: clock and peak of memory are set to zero, the first time."""
+        if self._device is not None:
+            return
+        self.tiles = tiles
+        self._start, self._device, self._ram_before = time.monotonic(), device, most_ram()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def step(self, frames: int, newest: Tensor | None = None) -> None:
+        """`frames` more are done. newest: (h, w, 3), in 0..1 or uint8. Raises what ComfyUI raises on a cancel."""
+        mm.throw_exception_if_processing_interrupted()
+        self.done += frames
+        now = time.monotonic()
+        picture = None
+        due = now - self._last_preview >= _PREVIEW_EVERY or self.done >= self.total
+        if self._preview and newest is not None and due:
+            picture = _jpeg(newest)
+            self._last_preview = now
+        self._bar.update_absolute(self.done, self.total, picture)
+        if due:
+            self._say(self._status(now))
+
+    def note(self, sentence: str) -> None:
+        """A line for the report; a second time it is not repeated."""
+        if sentence not in self._lines:
+            self._lines.append(sentence)
+
+    def finish(self) -> str:
+        """The report: what ran, how long it took, the peak of memory. Its first line takes the place of the status."""
+        seconds = time.monotonic() - self._start
+        rate = f", {self.done / seconds:.1f} frames per second" if seconds > 0 and self.done else ""
+        lines = [f"{self.done} frames in {seconds:.1f} s{rate}"]
+        if self._device is not None:
+            lines.append(self._peak(self._device))
+        lines.extend(self._lines)
+        report = "\n".join(lines)
+        _log.info("%s", "; ".join(lines))
+        self._say(lines[0])
+        return report
+
+    def close(self) -> None:
+        """Mark the node as done where it works after its own turn: a VIDEO is decoded while it is saved."""
+        if self._node_id is not None:
+            get_progress_state().finish_progress(self._node_id)
+
+    def _peak(self, device: torch.device) -> str:
+        if device.type == "cuda":
+            return f"peak {torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB on {device}, weights included"
+        now = most_ram()
+        if now > self._ram_before:
+            return f"peak {now / GIB:.2f} GiB of RAM, all that ComfyUI holds included"
+        return f"ComfyUI took no more RAM than before: its peak stays {now / GIB:.2f} GiB"
+
+    def _status(self, now: float) -> str:
+        left = (now - self._start) / max(self.done, 1) * (self.total - self.done)
+        return f"{self.done} of {self.total} frames, {_clock(left)} left"
+
+    def _say(self, text: str) -> None:
+        if self._node_id is not None:
+            show_text(text, self._node_id)
+
+
+def most_ram() -> int:
+    """Bytes: the most RAM that this process has held since it began."""
+    if sys.platform == "win32":
+        import psutil  # one of ComfyUI's requirements
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def report_ui(report: str) -> dict[str, tuple[str]]:
+    """The `ui` of a node that keeps its report in sight: web/js/report.js writes it on the node."""
+    return {"text": (report,)}
+
+
+def keep_report(report: str, node_id: str) -> None:
+    """Put a report on a node that works after its own turn, by the message that ComfyUI sends at the end of a turn."""
+    server = _server()
+    if server is None:
+        return
+    message = {"node": node_id, "display_node": node_id, "output": report_ui(report)}
+    message["prompt_id"] = getattr(server, "last_prompt_id", None)
+    server.send_sync("executed", message, server.client_id)
+
+
+def show_text(text: str, node_id: str) -> None:
+    """Show plain text on a node for now; without a server, as in tests and scripts, nothing happens."""
+    server = _server()
+    if server is None:
+        return
+    # newer front ends read Markdown, where two blanks end a line; older ones insert the text as HTML
+    server.send_progress_text(html.escape(text, quote=False).replace("\n", "  \n"), node_id)
+
+
+def _server() -> Any:
+    from server import PromptServer
+
+    return getattr(PromptServer, "instance", None)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _jpeg(frame: Tensor) -> tuple[str, Image.Image, int]:
+    """A frame (h, w, 3), in 0..1 or uint8, as ComfyUI takes previews; the number is a target side, and it enlarges."""
+    side = max(frame.shape[:2])
+    stride = max(1, side // PREVIEW_SIDE)
+    small = frame[::stride, ::stride]
+    levels = small if small.dtype == torch.uint8 else small.mul(255).round().to(torch.uint8)
+    picture = Image.fromarray(levels.cpu().contiguous().numpy())
+    return "JPEG", picture, min(PREVIEW_SIDE, max(picture.size))

@@ -1,0 +1,83 @@
+"""What runs have shown since ComfyUI started: tiles that worked where memory ran out, and how much it really takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+from ...vae_core import TilePlan
+from ...vae_core.planner import MARGIN, measured_margin
+
+
+class Session:
+    """Facts by key: of a job (device, model, direction, size of the frame) or of a setting (device, dtype, family)."""
+
+    def __init__(self) -> None:
+        self._tiles: dict[Hashable, tuple[Hashable, TilePlan]] = {}
+        self._margins: dict[Hashable, float] = {}
+
+    def worked(self, job: Hashable, asked: Hashable, tiles: TilePlan) -> None:
+        """`tiles` are what went on where memory ran out; asked: what the user had asked for."""
+        self._tiles[job] = asked, tiles
+
+    def tiles_for(self, job: Hashable, asked: Hashable) -> TilePlan | None:
+        """The tiles that went on the last time; forgotten as soon as something else is asked for."""
+        if job in self._tiles and self._tiles[job][0] != asked:
+            del self._tiles[job]
+        return self._tiles[job][1] if job in self._tiles else None
+
+    def failed(self, job: Hashable) -> None:
+        """Even the smallest tiles found no memory: the next run plans anew."""
+        self._tiles.pop(job, None)
+
+    def measured(self, setting: Hashable, margin: float) -> None:
+        """What to multiply predictions by from now on."""
+        self._margins[setting] = margin
+
+    def margin(self, setting: Hashable) -> float:
+        """What to multiply predictions by: as measured, else what is usual."""
+        return self._margins.get(setting, MARGIN)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._tiles.clear()
+        self._margins.clear()
+
+
+class Gauge:
+    """Compares the memory that a run takes with what was predicted, once its first pieces are done.
+
+    predicted: bytes of live tensors, without a margin. pieces: how many reach the peak. peak: reads the most bytes in
+    use since the run began, beyond those from before; None where nothing can be measured.
+    """
+
+    def __init__(
+        self, session: Session, setting: Hashable, *, predicted: int, pieces: int, peak: Callable[[], int] | None
+    ) -> None:
+        self._session, self._setting, self._predicted = session, setting, predicted
+        self._left, self._peak = pieces, peak
+
+    def piece_done(self) -> None:
+        """One piece more; what it took is kept when enough are done."""
+        self._left -= 1
+        if self._peak is None or self._left != 0:
+            return
+        margin = measured_margin(self._peak(), self._predicted)
+        if margin is not None:
+            self._session.measured(self._setting, margin)
+
+    def spoil(self) -> None:
+        """Memory ran out, and the peak is not that of what was predicted."""
+        self._peak = None
+
+
+def peak_reader(device: torch.device) -> Callable[[], int] | None:
+    """For `Gauge`: reads what torch has given out on `device` beyond what it had now; None for other than CUDA."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    return lambda: torch.cuda.max_memory_allocated(device) - before
+
+
+SESSION = Session()

@@ -1,0 +1,256 @@
+"""Frames and sound out of any VIDEO, a piece at a time; a VIDEO or an IMAGE as the clip that a node works on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import Input, InputImpl
+from torch import Tensor
+
+from ...vae_core.errors import VideoError
+from ...vae_core.media.audio import read_sound
+from ...vae_core.media.video import frame_times, probe, read_frames
+from .lazy_video import LazyVideo, cut_audio
+from .wire import PIECE, pieces_of, pixels_of
+
+_TICK = Fraction(1, 10000)  # seconds by which a time given as a float may miss a frame
+
+_log = logging.getLogger("cviv-vae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Frames that a node works on.
+
+    name: in messages. read: its `frames` frames, from the first on each time, as (1, 3, t, height, width) in [-1, 1],
+    any t. fps: None for images.
+    """
+
+    name: str
+    read: Callable[[], Iterator[Tensor]]
+    frames: int
+    height: int
+    width: int
+    fps: Fraction | None
+
+    def __str__(self) -> str:
+        return f"{self.name} has {self.frames} frames of {self.width}x{self.height}"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.height, self.width
+
+    def singles(self) -> Iterator[Tensor]:
+        """The same frames one by one."""
+        for piece in self.read():
+            yield from piece.split(1, dim=2)
+
+
+class VideoSource(ABC):
+    """A VIDEO as it is read: width and height in pixels, fps, and its frames and sound in parts.
+
+    A part is the frames from `first` on, counted from 0, `count` of them; None, and a number beyond the end, mean all
+    the rest. Raises VideoError where `first` is beyond the end.
+    """
+
+    width: int
+    height: int
+    fps: Fraction
+
+    @property
+    @abstractmethod
+    def total(self) -> int:
+        """Number of frames."""
+
+    @abstractmethod
+    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]: ...
+
+    @abstractmethod
+    def _sound(self, first: int, stop: int) -> dict[str, Any] | None: ...
+
+    def count(self, first: int = 0, count: int | None = None) -> int:
+        """Number of frames of a part."""
+        first, stop = self._span(first, count)
+        return stop - first
+
+    def frames(self, first: int = 0, count: int | None = None, piece: int = PIECE) -> Iterator[Tensor]:
+        """The frames of a part as (1, 3, t, height, width) in [-1, 1], t up to `piece`; holds one such piece."""
+        first, stop = self._span(first, count)
+        if count is not None and stop - first < count:
+            _log.warning("The video has %d frames from frame %d on, fewer than %d.", stop - first, first, count)
+        return self._read(first, stop, piece)
+
+    def clip(self, name: str, first: int = 0, count: int | None = None) -> Clip:
+        """The frames of a part."""
+        return Clip(
+            name=name,
+            read=lambda: self.frames(first, count),
+            frames=self.count(first, count),
+            height=self.height,
+            width=self.width,
+            fps=self.fps,
+        )
+
+    def audio(self, first: int = 0, count: int | None = None) -> dict[str, Any] | None:
+        """The sound of a part as an AUDIO, or None where there is none."""
+        return self._sound(*self._span(first, count))
+
+    def _span(self, first: int, count: int | None) -> tuple[int, int]:
+        if not 0 <= first < self.total:
+            raise VideoError(
+                f"The video has {self.total} frames, numbered from 0; a start at frame {first} is beyond them. Give a "
+                "smaller first frame."
+            )
+        return first, self.total if count is None else min(first + count, self.total)
+
+
+def clip_of(video: Any, name: str, count: int | None = None) -> Clip:
+    """The first `count` frames, None for all, of a VIDEO or an IMAGE. Raises ValueError where it is neither."""
+    if isinstance(video, Input.Video):
+        return open_video(video).clip(name, count=count)
+    if not isinstance(video, Tensor):
+        raise ValueError(f"{name} is a {type(video).__name__}; connect an IMAGE batch or a VIDEO.")
+    pixels = pixels_of(video)[:count]
+    frames, height, width, _ = pixels.shape
+    return Clip(name=name, read=lambda: pieces_of(pixels), frames=frames, height=height, width=width, fps=None)
+
+
+def open_video(video: Any) -> VideoSource:
+    """Look at a VIDEO without decoding it. Raises ValueError where it is none, or has no picture."""
+    if not isinstance(video, Input.Video):
+        raise ValueError(f"Got {type(video).__name__} where a VIDEO is needed: connect Load Video or Create Video.")
+    if isinstance(video, LazyVideo):
+        return _LazySource(video)
+    if isinstance(video, InputImpl.VideoFromComponents):
+        return _TensorSource(video.get_components())
+    window = getattr(video, "get_active_trim_window", None)  # ComfyUI 0.3 trims nothing
+    begin, duration = window() if window is not None else (0.0, 0.0)
+    source = video.get_stream_source()
+    if isinstance(source, (str, os.PathLike)):
+        return _FileSource(Path(source), begin, duration)
+    path = _temporary(source)
+    try:
+        opened = _FileSource(path, begin, duration)
+    except BaseException:
+        _remove(path)
+        raise
+    weakref.finalize(opened, _remove, path)
+    return opened
+
+
+class _LazySource(VideoSource):
+    """Frames straight from what decodes them."""
+
+    def __init__(self, video: LazyVideo) -> None:
+        self._video, self.fps = video, video.get_frame_rate()
+        self.width, self.height = video.get_dimensions()
+
+    @property
+    def total(self) -> int:
+        return self._video.get_frame_count()
+
+    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
+        with contextlib.closing(self._video.pieces(first, stop)) as pieces:
+            for images in pieces:
+                yield from pieces_of(images, piece)
+
+    def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
+        return self._video.audio_of(first, stop)
+
+
+class _TensorSource(VideoSource):
+    """Frames that are in memory; parts are views."""
+
+    def __init__(self, components: Any) -> None:
+        self._images, self._audio = pixels_of(components.images), components.audio
+        self.fps = Fraction(components.frame_rate)
+        _, self.height, self.width, _ = self._images.shape
+
+    @property
+    def total(self) -> int:
+        return self._images.shape[0]
+
+    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
+        yield from pieces_of(self._images[first:stop], piece)
+
+    def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
+        return cut_audio(self._audio, first / self.fps, stop / self.fps)
+
+
+class _FileSource(VideoSource):
+    """Frames of a file from the time `begin` on, `duration` seconds, 0 for all; every frame is kept as it is."""
+
+    def __init__(self, path: Path, begin: float, duration: float) -> None:
+        info = probe(path)
+        self._path, self._info = path, info
+        self._begin = Fraction(begin)
+        self._end = self._begin + Fraction(duration) if duration else None
+        self.width, self.height, self.fps = info.width, info.height, info.fps
+        if info.hdr:
+            _log.warning("%s is HDR; its values are taken as they are, without tone mapping.", path)
+
+    @cached_property
+    def _times(self) -> list[Fraction]:
+        """When each frame of the whole file is shown; even steps where the file does not say."""
+        times = frame_times(self._path)
+        if not times:
+            known = self._info.frames or sum(piece.shape[2] for piece in read_frames(self._path))
+            times = [number / self.fps for number in range(known)]
+        return times
+
+    @cached_property
+    def _window(self) -> tuple[int, int]:
+        """First frame of the file that belongs to the video, and the one after the last."""
+        end = self._end
+        first = sum(time < self._begin - _TICK for time in self._times) if self._begin else 0
+        stop = len(self._times) if end is None else sum(time < end - _TICK for time in self._times)
+        return first, stop
+
+    @property
+    def total(self) -> int:
+        first, stop = self._window
+        return max(0, stop - first)
+
+    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
+        yield from read_frames(self._path, self._window[0] + first, stop - first, piece)
+
+    def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
+        first, stop = self._window[0] + first, self._window[0] + stop
+        end = self._times[stop] if stop < len(self._times) else self._times[-1] + 1 / self.fps
+        sound = read_sound(self._path, self._times[first], end)
+        return None if sound is None else {"waveform": sound.samples[None], "sample_rate": sound.rate}
+
+
+def _temporary(source: io.BytesIO) -> Path:
+    """A file with the content of `source` in ComfyUI's temporary folder."""
+    folder = folder_paths.get_temp_directory()
+    os.makedirs(folder, exist_ok=True)
+    source.seek(0)
+    with tempfile.NamedTemporaryFile(prefix="video_", dir=folder, delete=False) as file:
+        try:
+            shutil.copyfileobj(source, file)
+        except BaseException:
+            file.close()
+            _remove(Path(file.name))
+            raise
+    return Path(file.name)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

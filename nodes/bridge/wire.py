@@ -1,0 +1,201 @@
+"""What travels on LATENT and IMAGE wires: layouts, pixel values, and the facts our latents carry about their video.
+
+A LATENT is a dict whose `samples` are (b, z, t, h, w), or (b, z, h, w) where SD and SVD put the frames of a clip on the
+batch axis. Ours also have the key `cviv`, a plain dict that stock nodes pass along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from ...vae_core.windows import SPACE, latent_frames, pixel_frames
+
+Layout = Literal["frames", "video", "images"]
+FACTS = "cviv"
+PIECE = 16  # frames that go through the host at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of the video behind a latent; None where it is not known.
+
+    family: of the VAE that made it. fps: frames per second. frames, height, width: true length and size in frames and
+    pixels, before any padding. layout: how `samples` is laid out.
+    """
+
+    family: str | None = None
+    fps: Fraction | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    layout: Layout | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width), or None where not known."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
+
+def samples_of(latent: Mapping[str, Any]) -> Tensor:
+    """The tensor of a LATENT. Raises ValueError where there is none of rank 4 or 5."""
+    samples = latent.get("samples") if isinstance(latent, Mapping) else None
+    if not isinstance(samples, Tensor) or samples.is_nested:
+        raise ValueError(
+            f"The latent holds {type(samples).__name__} where one tensor is needed: connect the LATENT output of "
+            "Video VAE Encode, of a sampler or of Load Video Latent."
+        )
+    if samples.ndim not in (4, 5) or 0 in samples.shape:
+        raise ValueError(
+            f"The latent has shape {tuple(samples.shape)}; allowed are (frames, channels, height, width) and (batch, "
+            "channels, frames, height, width). A latent of another kind of model (audio, 3-D) cannot be used here."
+        )
+    return samples
+
+
+def read_facts(latent: Mapping[str, Any]) -> Facts:
+    """The facts of a LATENT; those that its tensor contradicts, after an upscale or a cut, are dropped."""
+    raw = latent.get(FACTS)
+    samples = samples_of(latent)
+    if not isinstance(raw, Mapping):
+        return Facts()
+    layout = raw.get("layout") if raw.get("layout") in ("frames", "video", "images") else None
+    if layout is not None and (samples.ndim == 5) != (layout == "video"):
+        layout = None
+    count = samples.shape[2] if samples.ndim == 5 else samples.shape[0]
+    frames = raw.get("frames")
+    if not _whole(frames) or layout == "images" or latent_frames(frames) != count:
+        frames = None
+    height, width = raw.get("height"), raw.get("width")
+    if not (_whole(height) and _whole(width) and _cells(height, width) == tuple(samples.shape[-2:])):
+        height = width = None
+    return Facts(
+        family=raw["family"] if isinstance(raw.get("family"), str) else None,
+        fps=_fraction(raw.get("fps")),
+        frames=frames,
+        height=height,
+        width=width,
+        layout=layout,
+    )
+
+
+def make_latent(samples: Tensor, facts: Facts, layout: Layout, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A LATENT of `samples` with `facts`; other keys come from `base`."""
+    told = {
+        "family": facts.family,
+        "fps": None if facts.fps is None else str(facts.fps),
+        "frames": facts.frames,
+        "height": facts.height,
+        "width": facts.width,
+        "layout": layout,
+    }
+    return {
+        **(base or {}),
+        "samples": samples,
+        FACTS: {name: value for name, value in told.items() if value is not None},
+    }
+
+
+def to_video(samples: Tensor, layout: Layout, clips: int = 1) -> Tensor:
+    """(b, z, t, h, w) of a 4-D or 5-D tensor; 4-D is `clips` clips, or separate images where `layout` says so."""
+    if samples.ndim == 5:
+        return samples
+    if layout == "images":
+        return samples.unsqueeze(2)  # b c 1 h w
+    if samples.shape[0] % clips:
+        raise ValueError(
+            f"{samples.shape[0]} frames on the batch axis cannot be {clips} clips of one length: give a number of "
+            "clips that divides them."
+        )
+    return rearrange(samples, "(b t) c h w -> b c t h w", b=clips)
+
+
+def from_video(z: Tensor, layout: Layout) -> Tensor:
+    """The tensor of a LATENT from (b, z, t, h, w): as it is, or with the frames on the batch axis."""
+    return z if layout == "video" else rearrange(z, "b c t h w -> (b t) c h w")
+
+
+def check_latent(samples: Tensor, facts: Facts, family: str, channels: int) -> None:
+    """Raise ValueError, with the remedy, unless a VAE of `family` with `channels` can decode this latent."""
+    if facts.family is not None and facts.family != family:
+        raise ValueError(
+            f"This latent was made by {facts.family} and the VAE is {family}: their latent spaces differ, and decoding "
+            "would give noise. Load the VAE that made the latent, or encode again with this one."
+        )
+    got = samples.shape[1]
+    if got == channels:
+        return
+    swapped = (
+        " Its frames seem to come before its channels." if samples.ndim == 5 and samples.shape[2] == channels else ""
+    )
+    raise ValueError(
+        f"This latent has {got} channels and the VAE ({family}) takes {channels}.{swapped} Load the VAE that belongs "
+        f"to the latent: {_who_makes(got)}."
+    )
+
+
+def pixels_of(images: Tensor) -> Tensor:
+    """(n, h, w, 3) of an IMAGE: alpha is dropped, grey becomes three equal channels. Raises ValueError otherwise."""
+    if images.ndim != 4 or 0 in images.shape or images.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"The images have shape {tuple(images.shape)}; needed is (frames, height, width, 3), at least one frame."
+        )
+    return images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images[..., :3]
+
+
+def pieces_of(images: Tensor, piece: int = PIECE) -> Iterator[Tensor]:
+    """An IMAGE as (1, 3, t, h, w) pieces in [-1, 1], t up to `piece`, so that no second copy of the clip is made."""
+    for part in images.split(piece):
+        yield (rearrange(part.float(), "t h w c -> 1 c t h w") * 2 - 1).clamp_(-1, 1)
+
+
+def images_of(piece: Tensor) -> Tensor:
+    """(b, t, h, w, 3) float32 in 0..1 of frames (b, 3, t, h, w) in [-1, 1]."""
+    return rearrange(piece, "b c t h w -> b t h w c").float().add(1).div_(2).clamp_(0, 1)
+
+
+def image_of(picture: Image.Image) -> Tensor:
+    """An RGB picture as IMAGE, (1, h, w, 3) in 0..1."""
+    return torch.from_numpy(np.array(picture)).float().div(255).unsqueeze(0)
+
+
+def rate_of(fps: float) -> Fraction | None:
+    """Frames per second of a widget; None for its 0."""
+    return Fraction(fps).limit_denominator(1001) if fps else None
+
+
+def whole_frames(latents: int) -> int:
+    """Frames that a clip of `latents` latents decodes to."""
+    return pixel_frames(latents)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _cells(height: int, width: int) -> tuple[int, int]:
+    return -(-height // SPACE), -(-width // SPACE)
+
+
+def _fraction(value: object) -> Fraction | None:
+    try:
+        fps = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        return None
+    return fps if fps > 0 else None
+
+
+def _who_makes(channels: int) -> str:
+    return {
+        4: "cv-vae (SD 1.5, SD 2.1, SVD) or an IV-VAE with z 4",
+        8: "an IV-VAE with z 8",
+        16: "cv-vae-sd3 (SD3, SD3.5) or an IV-VAE with z 16",
+    }.get(channels, "none of CV-VAE or IV-VAE makes such latents, so use the VAE of the model that sampled it")

@@ -1,0 +1,239 @@
+"""Video VAE Decode and Video VAE Decode to Video."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import comfy.model_management as mm
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..bridge.lazy_video import LazyVideo
+from ..bridge.native import NativeVideoVAE, budget_bytes, collect_images, require
+from ..bridge.running import Run, keep_report, report_ui
+from ..bridge.schema import GIB, budget_input, describe, field, latent_input, preview_input, vae_input
+from ..bridge.wire import Facts, rate_of, read_facts, whole_frames
+from ..latents.files import save_latent
+
+DEFAULT_FPS = Fraction(24)  # where neither the latent nor the user says
+RESCUED = "latents/undecoded"  # the name below the output folder of a latent whose decode failed
+
+_log = logging.getLogger("cviv-vae")
+
+
+def _facts(latent: dict[str, Any], z: Tensor) -> tuple[Facts, list[str]]:
+    """Facts with frame count and size filled in for the decoded clip, and sentences about what was not known."""
+    facts, told = read_facts(latent), []
+    available = whole_frames(z.shape[2])
+    height, width = z.shape[-2] * 8, z.shape[-1] * 8
+    if facts.frames is None or facts.size is None:
+        told.append("the latent does not say the video's true length or size: all that it decodes to is given")
+    return replace(
+        facts,
+        frames=available if facts.frames is None else facts.frames,
+        height=height if facts.size is None else facts.height,
+        width=width if facts.size is None else facts.width,
+    ), told
+
+
+def _save_on_failure_input() -> Any:
+    return field(
+        io.Boolean,
+        "save_latent_on_failure",
+        default=True,
+        optional=True,
+        tooltip=f"If the decode fails in the end, save the latent as output/{RESCUED}_00001.latent.safetensors and so "
+        "on, so that the sampling is not lost; the error names the file. Not after Cancel.",
+        advanced=True,
+    )
+
+
+@contextmanager
+def _latent_kept(latent: dict[str, Any], vae: NativeVideoVAE, *, wanted: bool) -> Iterator[None]:
+    """Save `latent` if what happens inside fails, other than by a cancel, and name the file in the error."""
+    try:
+        yield
+    except mm.InterruptProcessingException:
+        raise
+    except Exception as error:
+        if wanted:
+            sentence = _rescued(latent, vae)
+            _log.warning("%s", sentence)
+            error.args = (f"{error}\n{sentence}",)  # the same error: ComfyUI frees memory where it says there is none
+        raise
+
+
+def _rescued(latent: dict[str, Any], vae: NativeVideoVAE) -> str:
+    """Save the latent; a sentence about where it is, or why it is not."""
+    try:
+        _, path = save_latent(None, RESCUED, latent, vae, {})
+    except (OSError, ValueError) as error:
+        return f"The latent could not be saved: {error}"
+    return f"The latent is saved as {path}: Load Video Latent reads it, and nothing need be sampled again."
+
+
+class Decode(io.ComfyNode):
+    """A latent to images."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return describe(
+            node_id="CVIV_Decode",
+            display_name="Video VAE Decode",
+            description="Decodes a clip piece by piece into one buffer: device memory does not grow with its length. "
+            "Gives back the true number of frames and size where the latent knows them.",
+            search_aliases=["cv-vae decode", "iv-vae decode", "vae decode video", "tiled decode"],
+            inputs=[vae_input(), latent_input(), budget_input(), preview_input(), _save_on_failure_input()],
+            outputs=[
+                io.Image.Output(
+                    display_name="images",
+                    tooltip="All frames, in 0..1. For very long clips use Video VAE "
+                    "Decode to Video, which never holds them all.",
+                ),
+                io.Float.Output(display_name="fps", tooltip="Frames per second that the latent remembers, else 24."),
+                io.String.Output(
+                    display_name="report", tooltip="What ran, in which pieces, how long, how much memory."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, vae: Any, samples: Any, memory_budget_gb: float, preview: bool, save_latent_on_failure: bool = True
+    ) -> io.NodeOutput:
+        vae = require(vae)
+        z = vae.video_latent(samples)
+        facts, told = _facts(samples, z)
+        run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview)
+        budget = budget_bytes(memory_budget_gb)
+        with _latent_kept(samples, vae, wanted=save_latent_on_failure):
+            pieces = vae.decode_pieces(z, run, frames=facts.frames, size=facts.size, budget=budget, lent=True)
+            images = collect_images(pieces, z.shape[0], facts.frames).flatten(0, 1)
+        for sentence in (*told, f"the images take {images.nbytes / GIB:.2f} GiB of RAM"):
+            run.note(sentence)
+        report = run.finish()
+        return io.NodeOutput(images, float(facts.fps or DEFAULT_FPS), report, ui=report_ui(report))
+
+
+class DecodeToVideo(io.ComfyNode):
+    """A latent to a VIDEO that is decoded while it is saved."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return describe(
+            node_id="CVIV_DecodeToVideo",
+            display_name="Video VAE Decode to Video",
+            description="Gives a VIDEO that decodes while Save Video (or any node that takes a VIDEO) writes it, so "
+            "that 10,000 frames need no more memory than 100. Every node that takes it decodes it once more.",
+            search_aliases=["cv-vae decode video", "latent to video", "decode to file"],
+            inputs=[
+                vae_input(),
+                latent_input(),
+                field(
+                    io.Float,
+                    "fps",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.001,
+                    tooltip="Frames per second. 0 = as the latent remembers, else 24.",
+                ),
+                field(
+                    io.Int,
+                    "crf",
+                    default=18,
+                    min=0,
+                    max=51,
+                    tooltip="Quality of the file where the saving node does not say: 0 is lossless, 18 looks the same "
+                    "as the original, 23 is smaller, 51 is the worst.",
+                    advanced=True,
+                ),
+                budget_input(),
+                preview_input(),
+                field(io.Audio, "audio", optional=True, tooltip="Sound for the video; cut to its length."),
+                _save_on_failure_input(),
+            ],
+            outputs=[io.Video.Output(display_name="video", tooltip="For Save Video. Nothing is decoded before that.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vae: Any,
+        samples: Any,
+        fps: float,
+        crf: int,
+        memory_budget_gb: float,
+        preview: bool,
+        audio: Any = None,
+        save_latent_on_failure: bool = True,
+    ) -> io.NodeOutput:
+        vae = require(vae)
+        z = vae.video_latent(samples)
+        if z.shape[0] != 1:
+            raise ValueError(
+                f"The latent holds {z.shape[0]} clips and a VIDEO is one: take them apart with Latent From Batch, or "
+                "use Video VAE Decode."
+            )
+        facts, told = _facts(samples, z)
+        node_id = cls.hidden.unique_id
+
+        def frames(start: int, stop: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+            run = Run(stop, node_id=node_id, preview=preview)
+            for sentence in told:
+                run.note(sentence)
+            pieces = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id, dtype)
+            with _latent_kept(samples, vae, wanted=save_latent_on_failure):
+                yield from pieces
+
+        video = LazyVideo(
+            frames,
+            byte_frames=partial(frames, dtype=torch.uint8),
+            width=facts.width,
+            height=facts.height,
+            frame_count=facts.frames,
+            frame_rate=rate_of(fps) or facts.fps or DEFAULT_FPS,
+            audio=audio,
+            crf=crf,
+        )
+        return io.NodeOutput(video)
+
+
+def _part(
+    vae: NativeVideoVAE,
+    z: Tensor,
+    facts: Facts,
+    run: Run,
+    start: int,
+    stop: int,
+    budget: int | None,
+    node_id: str,
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """Frames `start` to `stop` as (t, h, w, 3) pieces; those before are decoded, too, since each builds on them.
+
+    In 8 bits they are for the encoder of a file, which keeps none.
+    """
+    done, lent = 0, dtype == torch.uint8
+    try:
+        for piece in vae.decode_pieces(z, run, frames=stop, size=facts.size, budget=budget, dtype=dtype, lent=lent):
+            part = piece[0, max(0, start - done) :]
+            done += piece.shape[1]
+            if part.shape[0]:
+                yield part
+        keep_report(run.finish(), node_id)
+    finally:
+        run.close()
+
+
+NODES = [Decode, DecodeToVideo]

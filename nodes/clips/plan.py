@@ -1,0 +1,68 @@
+"""Video VAE Plan: what an encode or decode would do and need, before it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ...vae_core.plan_picture import draw_plan
+from ...vae_core.windows import SPACE, latent_frames
+from ..bridge.native import budget_bytes, plan_words, require
+from ..bridge.running import report_ui
+from ..bridge.schema import GIB, budget_input, check_choice, describe, field, vae_input
+from ..bridge.wire import image_of
+
+DIRECTIONS = ("decode", "encode")
+
+
+class PlanNode(io.ComfyNode):
+    """A plan in words and as a picture; nothing is computed."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return describe(
+            node_id="CVIV_Plan",
+            display_name="Video VAE Plan",
+            description="Says how a clip would be encoded or decoded within a memory budget: pieces, tiles, memory, "
+            "exact or not. Nothing is computed, so it answers at once, before an hour of sampling.",
+            search_aliases=["tile plan", "memory estimate", "vae memory"],
+            inputs=[
+                vae_input(),
+                field(io.Combo, "direction", options=list(DIRECTIONS), default="decode", tooltip="Which way to plan."),
+                field(io.Int, "frames", default=97, min=1, max=10**8, tooltip="Frames of the clip."),
+                field(io.Int, "width", default=1024, min=8, max=16384, tooltip="Width of the frames in pixels."),
+                field(io.Int, "height", default=576, min=8, max=16384, tooltip="Height of the frames in pixels."),
+                budget_input(),
+            ],
+            outputs=[
+                io.Image.Output(display_name="picture", tooltip="The tiles over the frame and the pieces over time."),
+                io.String.Output(display_name="report", tooltip="The plan in words. Its memory is a prediction."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, vae: Any, direction: str, frames: int, width: int, height: int, memory_budget_gb: float
+    ) -> io.NodeOutput:
+        vae = require(vae)
+        check_choice("direction", direction, DIRECTIONS)
+        budget = budget_bytes(memory_budget_gb) or vae.could_be_free()
+        cells = -(-height // SPACE), -(-width // SPACE)
+        if direction == "decode":
+            shape = (1, vae.latent_channels, latent_frames(frames), *cells)
+        else:
+            shape = (1, 3, frames, SPACE * cells[0], SPACE * cells[1])
+        plan = vae.plan(direction, shape, budget)
+        title = (
+            f"{direction} {frames} frames of {width}x{height} with {vae.codec.family}, "
+            f"{str(vae.vae_dtype).removeprefix('torch.')}, budget {budget / GIB:.1f} GiB"
+        )
+        image = image_of(draw_plan(plan, (height, width), frames, title))
+        report = f"{title}\n{plan_words(plan, vae.device)}"
+        shown = ui.PreviewImage(image, cls=cls).as_dict() | report_ui(report)
+        return io.NodeOutput(image, report, ui=shown)
+
+
+NODES = [PlanNode]

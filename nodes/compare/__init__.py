@@ -1,0 +1,1 @@
+"""Nodes that show what a VAE loses, and give detail back."""

@@ -1,0 +1,1 @@
+"""Nodes that load a VAE and say what it is."""

@@ -1,0 +1,240 @@
+"""SVD Image to Long Video: conditioning and empty latent for a clip of so many frames."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...vae_core.windows import SPACE, TIME, latent_frames
+from ..bridge.native import NativeVideoVAE
+from ..bridge.schema import describe, field
+from ..bridge.wire import Facts, make_latent, pixels_of, whole_frames
+from .windows import TRAINED
+
+CHANNELS = 4  # of SVD's latent space
+_LARGEST_SIDE = 16384
+
+
+class SVDConditioning(io.ComfyNode):
+    """Output frames and rate in, what SVD's sampler needs out."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return describe(
+            node_id="CVIV_SVDConditioning",
+            display_name="SVD Image to Long Video",
+            description="Conditioning and empty latent for SVD whose result a CV-VAE decodes to the frames asked for: "
+            "97 frames are 25 latents. The exact length, size and rate stay with the latent.",
+            search_aliases=["svd img2vid", "SVD_img2vid_Conditioning", "image to video", "svd 97 frames"],
+            inputs=[
+                field(io.ClipVision, "clip_vision", tooltip="From Image Only Checkpoint Loader."),
+                field(
+                    io.Image,
+                    "image",
+                    tooltip="The image the video starts from. Several are keyframes: each holds for an equal part of "
+                    "the video. Alpha is dropped.",
+                ),
+                field(
+                    io.Vae,
+                    "image_vae",
+                    tooltip="Encodes the image: SVD's own VAE from Image Only Checkpoint Loader, or a CV-VAE.",
+                ),
+                *_size_inputs(),
+                *_motion_inputs(),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="For the sampler."),
+                io.Conditioning.Output(display_name="negative", tooltip="For the sampler."),
+                io.Latent.Output(
+                    display_name="latent", tooltip="Empty, with what a decode of this pack needs to give exact frames."
+                ),
+                io.String.Output(display_name="report", tooltip="Latents, rates, sizes, and what to mind."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip_vision: Any,
+        image: Any,
+        image_vae: Any,
+        width: int,
+        height: int,
+        frames: int,
+        fps: float,
+        motion_bucket_id: int,
+        augmentation_level: float,
+        augmentation_seed: int,
+    ) -> io.NodeOutput:
+        _check_models(clip_vision, image_vae)
+        pixels = pixels_of(image)
+        latents = latent_frames(frames)
+        scaled = _scale(pixels, width, height)
+        shown = _encode(image_vae, _augment(scaled, augmentation_level, augmentation_seed))
+        seen = _see(clip_vision, pixels, latents)
+        told = {
+            "motion_bucket_id": motion_bucket_id,
+            "fps": max(1, round(fps / TIME)),
+            "augmentation_level": augmentation_level,
+        }
+        positive = [[seen, {**told, "concat_latent_image": shown}]]
+        negative = [[torch.zeros_like(seen), {**told, "concat_latent_image": torch.zeros_like(shown)}]]
+        facts = Facts(
+            family="cv-vae",
+            fps=Fraction(fps).limit_denominator(1001),
+            frames=frames,
+            height=height,
+            width=width,
+        )
+        empty = torch.zeros(latents, CHANNELS, scaled.shape[1] // SPACE, scaled.shape[2] // SPACE)
+        report = _report(pixels, facts, empty, told["fps"])
+        return io.NodeOutput(positive, negative, make_latent(empty, facts, "frames"), report)
+
+
+def _size_inputs() -> list[Any]:
+    return [
+        field(io.Int, "width", default=1024, min=16, max=_LARGEST_SIDE, tooltip="Of the video, in pixels."),
+        field(
+            io.Int,
+            "height",
+            default=576,
+            min=16,
+            max=_LARGEST_SIDE,
+            tooltip="Of the video, in pixels. The image is scaled to cover width and height, and cut to its middle.",
+        ),
+        field(
+            io.Int,
+            "frames",
+            default=97,
+            min=1,
+            max=100_000,
+            tooltip="Frames of the video. 97 need 25 latents, as many as SVD-XT was trained on; more need SVD Long "
+            "Video.",
+        ),
+        field(
+            io.Float,
+            "fps",
+            default=24.0,
+            min=1.0,
+            max=240.0,
+            step=0.001,
+            tooltip="Frames per second of the video. SVD is told the rate of the latents, a quarter of it.",
+        ),
+    ]
+
+
+def _motion_inputs() -> list[Any]:
+    return [
+        field(
+            io.Int,
+            "motion_bucket_id",
+            default=127,
+            min=1,
+            max=1023,
+            tooltip="How much motion SVD makes. Low numbers are calm.",
+            advanced=True,
+        ),
+        field(
+            io.Float,
+            "augmentation_level",
+            default=0.0,
+            min=0.0,
+            max=10.0,
+            step=0.01,
+            tooltip="Noise on the image that SVD sees: more of it frees the motion and loses detail of the image.",
+            advanced=True,
+        ),
+        field(
+            io.Int,
+            "augmentation_seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            tooltip="Seed of that noise. Without effect at level 0.",
+            advanced=True,
+        ),
+    ]
+
+
+def _check_models(clip_vision: Any, image_vae: Any) -> None:
+    """Raise ValueError for a model that cannot make SVD's conditions."""
+    if clip_vision is None:
+        raise ValueError(
+            "There is no CLIP vision model: this checkpoint holds none. Load an SVD checkpoint with Image Only "
+            "Checkpoint Loader, or a CLIP vision file (ViT-H) with Load CLIP Vision."
+        )
+    if isinstance(image_vae, NativeVideoVAE) and image_vae.codec.family != "cv-vae":
+        raise ValueError(
+            f"The image VAE is {image_vae.codec.family}, whose latent space is not SVD's: SVD would see noise. Connect "
+            "the VAE of Image Only Checkpoint Loader, or a CV-VAE with 4 channels."
+        )
+
+
+def _scale(pixels: Tensor, width: int, height: int) -> Tensor:
+    """(n, h, w, 3) covering the size and cut to its middle; edges are repeated up to whole latents."""
+    scaled = comfy.utils.common_upscale(pixels.movedim(-1, 1), width, height, "bilinear", "center")
+    padded = F.pad(scaled, (0, -width % SPACE, 0, -height % SPACE), mode="replicate")
+    return padded.movedim(1, -1)
+
+
+def _augment(pixels: Tensor, level: float, seed: int) -> Tensor:
+    """`pixels` with `level` of noise, drawn from `seed`."""
+    if not level:
+        return pixels
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed), dtype=pixels.dtype)
+    return pixels + noise.to(pixels.device) * level
+
+
+def _encode(vae: Any, pixels: Tensor) -> Tensor:
+    """(n, 4, h, w): each image by itself, whatever the VAE makes of a batch."""
+    latents = []
+    for picture in pixels.split(1):
+        latent = vae.encode(picture)
+        latent = latent[:, :, 0] if latent.ndim == 5 else latent
+        if latent.ndim != 4 or latent.shape[1] != CHANNELS:
+            raise ValueError(
+                f"The image VAE made a latent of shape {tuple(latent.shape)}; SVD takes {CHANNELS} channels at an "
+                "eighth of the size. Connect the VAE of Image Only Checkpoint Loader, or a CV-VAE with 4 channels."
+            )
+        latents.append(latent)
+    return torch.cat(latents)
+
+
+def _see(clip_vision: Any, pixels: Tensor, latents: int) -> Tensor:
+    """CLIP's embedding: (1, 1, d) of one image, (latents, 1, d) of keyframes."""
+    embeds = clip_vision.encode_image(pixels).image_embeds.unsqueeze(1)  # n 1 d
+    return embeds if embeds.shape[0] == 1 else comfy.utils.resize_to_batch_size(embeds, latents)
+
+
+def _report(pixels: Tensor, facts: Facts, empty: Tensor, rate: int) -> str:
+    assert facts.frames is not None
+    assert facts.fps is not None
+    latents, seconds = empty.shape[0], facts.frames / float(facts.fps)
+    lines = [
+        f"{facts.frames} frames of {facts.width}x{facts.height}: {latents} latents",
+        f"{seconds:.2f} s at {float(facts.fps):g} frames per second",
+        f"SVD is told {rate} latents per second",
+    ]
+    surplus = whole_frames(latents) - facts.frames
+    if surplus:
+        lines.append(f"{latents} latents decode to {surplus} frames more, which Video VAE Decode leaves out")
+    count, height, width, _ = pixels.shape
+    if width * (facts.height or 0) != height * (facts.width or 0):
+        lines.append(f"the image of {width}x{height} has another shape: its middle is used")
+    if count > 1:
+        lines.append(f"{count} images: each is held for about {latents / count:.1f} latents")
+    if latents > TRAINED:
+        lines.append(
+            f"{latents} latents are more than the {TRAINED} SVD-XT was trained on: connect SVD Long Video between the "
+            "model and the sampler, or motion and picture will suffer"
+        )
+    return "\n".join(lines)
+
+
+NODES = [SVDConditioning]

@@ -1,0 +1,1 @@
+"""Keyframe detail: what single images show, carried along the motion."""

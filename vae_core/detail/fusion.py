@@ -1,0 +1,224 @@
+"""Keyframe detail: the high frequencies of sharp single images, carried to the frames of a softer video between them.
+
+The latents of a CV-VAE can also be decoded one by one by the image VAE whose space they share. Latent 0 is frame 0 and
+latent k stands for frames 4k - 3 to 4k; in training its image was held to a frame drawn from these four (Zhao et al.,
+2024, "random"), so which of them a keyframe shows is found here by comparing. Frames are (1, 3, t, h, w) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..metrics.motion import LEVELS, luma, optical_flow, require_opencv, warp
+from ..windows import TIME, Windowing, latent_frames, rechunk
+
+FLOW_TOLERANCE = 2.0  # pixels by which a motion there and back may miss, at a confidence of 0.5
+LIGHT_TOLERANCE = 16.0  # levels of 255 by which a moved frame may differ, at a confidence of 0.5
+MOST_CONFIDENCE = 0.95
+_LIGHT_BLUR = 1.5  # pixels; what differs within less than this is detail, not another picture
+_MATCH_BAND = (1.0, 6.0)  # pixels; both decoders agree on what lies between these blurs
+_MATCH_MARGIN = 0.002  # correlation by which an earlier frame of a group must match better than a later one
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetailSettings:
+    """How detail is carried.
+
+    strength: 0 keeps the video as it is, bit for bit; 1 gives it the keyframes' detail. radius: detail is what a
+    Gaussian blur of this many pixels (its standard deviation) takes away. confidence: how sure the motion has to be: 0
+    carries detail everywhere, 0.5 lets it fade out where the motion misses by more than 2 pixels or 16 of 255 levels,
+    and 0.95 keeps it almost to what does not move. Raises ValueError for values that are not allowed.
+    """
+
+    strength: float
+    radius: float
+    confidence: float
+
+    def __post_init__(self) -> None:
+        allowed = {"strength": (0, 2), "radius": (0.5, 32), "confidence": (0, MOST_CONFIDENCE)}
+        for name, (least, most) in allowed.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name} is {value}; allowed is {least} to {most}. Choose a value in that range.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """Frames with their detail.
+
+    frames: (1, 3, t, h, w) in [-1, 1]. carried: for each, the share of the picture, 0 to 1, that got detail.
+    likeness: how well the keyframe that the last of these frames shows matches it, a correlation of -1 to 1; None where
+    that frame shows no keyframe.
+    """
+
+    frames: Tensor
+    carried: tuple[float, ...]
+    likeness: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Anchor:
+    """A frame (3, h, w) that a keyframe shows, its number, and the keyframe's detail."""
+
+    number: int
+    frame: Tensor
+    detail: Tensor
+
+
+def check_counts(frames: int, keyframes: int) -> None:
+    """Raise ValueError unless `keyframes` images are one for each latent of a video of `frames` frames."""
+    if frames > 0 and keyframes == latent_frames(frames):
+        return
+    most = TIME * (keyframes - 1) + 1
+    fit = f"{max(1, most - TIME + 1)} to {most}" if keyframes > 1 else str(keyframes)
+    raise ValueError(
+        f"Got {frames} frames and {keyframes} keyframes; {frames} frames need {latent_frames(frames) if frames else 0} "
+        f"keyframes, and {keyframes} keyframes need {fit} frames (one keyframe for frame 0 and one for every "
+        f"{TIME} frames after it: 97 frames, 25 keyframes). Decode the same latent with both VAEs."
+    )
+
+
+def fuse_detail(frames: Iterable[Tensor], keyframes: Iterable[Tensor], settings: DetailSettings) -> Iterator[Fused]:
+    """Give the frames of a video the detail of its keyframes. Holds up to eight frames and two keyframes.
+
+    frames: (1, 3, t, h, w) pieces of any t, on the CPU. keyframes: (1, 3, n, h, w) pieces, one image for each latent.
+    Between two keyframes a frame takes from both, the nearer one more, moved by the optical flow of the video; where
+    the flow is not to be trusted it keeps its own detail. Raises ValueError for counts or sizes that do not belong
+    together (a stream's count is known only at its end: `check_counts` says it before) and without OpenCV, unless
+    strength is 0.
+    """
+    if settings.strength == 0:
+        for piece in frames:
+            yield Fused(frames=piece, carried=(0.0,) * piece.shape[2], likeness=None)
+        return
+    require_opencv()
+    before: _Anchor | None = None
+    waiting: list[Tensor] = []
+    start = 0  # number of the first frame that waits
+    for group, keyframe in _groups(frames, keyframes):
+        found, likeness = _shown(group, keyframe)
+        at = start + len(waiting) + found
+        after = _Anchor(number=at, frame=group[found], detail=_detail(keyframe, settings.radius))
+        span = [*waiting, *group[: found + 1]]
+        yield _fuse_span(span, start, (before, after), settings, likeness)
+        start, waiting, before = at + 1, list(group[found + 1 :]), after
+    if waiting:
+        yield _fuse_span(waiting, start, (before, None), settings, None)
+
+
+def blur(picture: Tensor, deviation: float) -> Tensor:
+    """Gaussian blur of (c, h, w) by `deviation` pixels, the edge repeated."""
+    reach = max(1, round(3 * deviation))
+    distance = torch.arange(-reach, reach + 1, dtype=picture.dtype, device=picture.device)
+    kernel = torch.exp(-distance.square() / (2 * deviation**2))
+    kernel = kernel / kernel.sum()
+    rows = F.conv2d(F.pad(picture[:, None], (reach, reach, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
+    return F.conv2d(F.pad(rows, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1))[:, 0]
+
+
+def _groups(frames: Iterable[Tensor], keyframes: Iterable[Tensor]) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
+    """The frames (3, h, w) of each latent with its keyframe. Raises ValueError where one side ends before the other."""
+    images = (image for piece in keyframes for image in piece[0].unbind(1))
+    count = groups = 0
+    for piece in rechunk(frames, Windowing(first=1, step=TIME, overlap=0)):
+        group = piece[0].unbind(1)
+        count += len(group)
+        keyframe = next(images, None)
+        if keyframe is None:
+            raise ValueError(_uneven(f"at least {count} frames and only {groups} keyframes"))
+        groups += 1
+        if keyframe.shape != group[0].shape:
+            raise ValueError(
+                f"Keyframe {groups - 1} has (channels, height, width) {tuple(keyframe.shape)} and the frames "
+                f"{tuple(group[0].shape)}; they must be equal. Decode the same latent with both VAEs."
+            )
+        yield group, keyframe
+    surplus = sum(1 for _ in images)
+    if surplus:
+        raise ValueError(_uneven(f"{count} frames and {groups + surplus} keyframes"))
+
+
+def _uneven(got: str) -> str:
+    return (
+        f"Got {got}; needed is one keyframe for frame 0 and one for every {TIME} frames after it: 97 frames, 25 "
+        "keyframes. Decode the same latent with both VAEs."
+    )
+
+
+def _shown(group: Sequence[Tensor], keyframe: Tensor) -> tuple[int, float]:
+    """Which frame of its group a keyframe shows, the last where several match, and the correlation of the two."""
+    theirs = _band(keyframe)
+    likeness = [_correlation(_band(frame), theirs) for frame in group]
+    best = max(likeness)
+    found = max(number for number, value in enumerate(likeness) if value >= best - _MATCH_MARGIN)
+    return found, likeness[found]
+
+
+def _band(picture: Tensor) -> Tensor:
+    """(1, h, w): what both decoders should agree on: neither the finest detail nor slow changes of colour."""
+    grey = luma(picture)[None]
+    narrow, wide = _MATCH_BAND
+    return blur(grey, narrow) - blur(grey, wide)
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Of two pictures whose mean is about 0; 0 where one is flat."""
+    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp(min=1e-12))
+
+
+def _detail(picture: Tensor, radius: float) -> Tensor:
+    return picture - blur(picture, radius)
+
+
+def _fuse_span(
+    span: Sequence[Tensor],
+    start: int,
+    anchors: tuple[_Anchor | None, _Anchor | None],
+    settings: DetailSettings,
+    likeness: float | None,
+) -> Fused:
+    """The frames from number `start` on, which lie between two anchors, the second one included."""
+    fused: list[Tensor] = []
+    carried: list[float] = []
+    for number, frame in enumerate(span, start):
+        detail, trust = _carried_detail(frame, number, anchors, settings)
+        change = settings.strength * trust * (detail - _detail(frame, settings.radius))
+        fused.append((frame + change).clamp(-1, 1))
+        carried.append(float(trust.mean()))
+    return Fused(frames=torch.stack(fused, dim=1)[None], carried=tuple(carried), likeness=likeness)  # 1 c t h w
+
+
+def _carried_detail(
+    frame: Tensor, number: int, anchors: tuple[_Anchor | None, _Anchor | None], settings: DetailSettings
+) -> tuple[Tensor, Tensor]:
+    """Detail (3, h, w) for a frame, mixed from both anchors, and how far it is to be trusted, (1, h, w) in 0..1."""
+    near = [anchor for anchor in anchors if anchor is not None]
+    exact = next((anchor for anchor in near if anchor.number == number), None)
+    if exact is not None:
+        return exact.detail, torch.ones_like(frame[:1])
+    gap = near[-1].number - near[0].number
+    mixed, weight, most = torch.zeros_like(frame), torch.zeros_like(frame[:1]), torch.zeros_like(frame[:1])
+    for anchor in near:
+        detail, trust = _moved(frame, anchor, settings.confidence)
+        share = trust * (1 - abs(number - anchor.number) / gap if gap else 1.0)
+        mixed, weight, most = mixed + share * detail, weight + share, torch.maximum(most, trust)
+    return mixed / weight.clamp(min=1e-6), most
+
+
+def _moved(frame: Tensor, anchor: _Anchor, confidence: float) -> tuple[Tensor, Tensor]:
+    """An anchor's detail where it lies in `frame`, and how far the motion is to be trusted."""
+    ours, theirs = (frame + 1) * (LEVELS / 2), (anchor.frame + 1) * (LEVELS / 2)
+    back, there = optical_flow(ours, theirs), optical_flow(theirs, ours)
+    detail = warp(anchor.detail, back)
+    if confidence == 0:
+        return detail, torch.ones_like(frame[:1])
+    doubt = confidence / (1 - confidence)
+    missed = (back + warp(there, back)).square().sum(0, keepdim=True) * (doubt / FLOW_TOLERANCE) ** 2
+    differs = blur(ours - warp(theirs, back), _LIGHT_BLUR).square().mean(0, keepdim=True)
+    trust = torch.exp(-(missed + differs * (doubt / LIGHT_TOLERANCE) ** 2) / 2)
+    return detail, blur(trust, 1.0)  # soft edges

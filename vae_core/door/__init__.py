@@ -1,0 +1,1 @@
+"""The public door: `VideoVAE`, `load` and `save`."""

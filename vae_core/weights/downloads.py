@@ -1,0 +1,223 @@
+"""Fetching the official weights: from their authors' pages, resumable, checked before they get their name."""
+
+import contextlib
+import errno
+import http
+import http.client
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..atomic import give_name
+from ..door.checkpoints import load
+from ..errors import CheckpointError
+
+MODELSCOPE = "https://www.modelscope.cn/models"
+HUGGINGFACE = "https://huggingface.co"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+_CHUNK = 1 << 20
+_TIMEOUT = 30  # seconds without a byte
+
+
+class DownloadError(OSError):
+    """A file could not be fetched; the text says where to get it by hand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialFile:
+    """One published set of weights: where it is, what must be in it, and under which licence it stands."""
+
+    name: str
+    family: str
+    latent_channels: int
+    parameters: int
+    host: str
+    repository: str
+    file: str
+    licence: str
+
+    @property
+    def target(self) -> str:
+        """The file name it gets here."""
+        return self.file if self.host == "modelscope" else f"cv-vae_{self.name}.safetensors"
+
+    @property
+    def page(self) -> str:
+        """The web page to download it from by hand."""
+        if self.host == "modelscope":
+            return f"{MODELSCOPE}/{self.repository}/files"
+        return f"{HUGGINGFACE}/{self.repository}/tree/main/{self.file.rsplit('/', 1)[0]}"
+
+
+def _cv(name: str, family: str, latent_channels: int, parameters: int) -> OfficialFile:
+    return OfficialFile(
+        name=name,
+        family=family,
+        latent_channels=latent_channels,
+        parameters=parameters,
+        host="huggingface",
+        repository="AILab-CVC/CV-VAE",
+        file=f"{name}/diffusion_pytorch_model.safetensors",
+        licence="Apache-2.0",
+    )
+
+
+def _iv(latent_channels: int, dim: int, parameters: int) -> OfficialFile:
+    return OfficialFile(
+        name=f"ivvae_z{latent_channels}_dim{dim}",
+        family="iv-vae",
+        latent_channels=latent_channels,
+        parameters=parameters,
+        host="modelscope",
+        repository="wpy1999/iv-vae",
+        file=f"ivvae_z{latent_channels}_dim{dim}.pth",
+        licence="the official code is MIT; see the page for the weights",
+    )
+
+
+OFFICIAL_FILES: Mapping[str, OfficialFile] = {
+    file.name: file
+    for file in (
+        _cv("vae3d", "cv-vae", 4, 182_446_475),
+        _cv("vae3d_v1-1", "cv-vae", 4, 182_446_475),
+        _cv("vae3d_sd3", "cv-vae-sd3", 16, 181_892_515),
+        _iv(4, 64, 107_170_842),
+        _iv(8, 64, 107_379_150),
+        _iv(16, 64, 107_798_550),
+        _iv(16, 96, 241_854_742),
+    )
+}
+
+Report = Callable[[int, int | None], None]
+
+
+def download(name: str, folder: str | os.PathLike[str], *, report: Report | None = None) -> Path:
+    """Fetch one of `OFFICIAL_FILES` into `folder`, which is made, and return its path there.
+
+    A file already there is checked and not fetched again. What arrived before an interruption is kept in a hidden
+    `.part` beside it and continued. Before it gets its name the file is opened and every tensor's name and shape
+    compared with the published model. `report` is called with (bytes here, bytes in all or None).
+
+    Raises CheckpointError for an unknown name or for a file that is not the published model, `DownloadError` when it
+    cannot be fetched, OSError when the disk is full.
+    """
+    official = OFFICIAL_FILES.get(name)
+    if official is None:
+        raise CheckpointError(f"{name!r} is not a published file; choose one of {', '.join(OFFICIAL_FILES)}.")
+    target = Path(folder) / official.target
+    if target.exists():
+        check(target, official)
+        return target
+    made = not target.parent.exists()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".part.{target.name}")  # a file whose ending tells how it is read; a folder for the hub
+    try:
+        if official.host == "modelscope":
+            url = f"{MODELSCOPE}/{official.repository}/resolve/master/{official.file}"
+            fetch(url, part, report=report)
+            _accept(part, target, official)
+        else:
+            _accept(_from_hub(official, part), target, official)
+            shutil.rmtree(part, ignore_errors=True)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        if part.is_dir() and not any(part.rglob("*.incomplete")):
+            shutil.rmtree(part, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                target.parent.rmdir()  # where nothing arrived
+        raise _unreachable(official, target, error) from error
+    return target
+
+
+def check(path: Path, official: OfficialFile) -> None:
+    """Raise CheckpointError unless `path` holds exactly the tensors of `official`; no weight is copied into memory."""
+    info = load(path, dtype=None).info
+    found = info.family, info.latent_channels, info.parameters
+    wanted = official.family, official.latent_channels, official.parameters
+    if found != wanted:
+        raise CheckpointError(
+            f"{path} holds {_model(*found)}, where {official.name} is {_model(*wanted)}; delete it and download again."
+        )
+
+
+def _model(family: str, latent_channels: int, parameters: int) -> str:
+    return f"{family} with {latent_channels} latent channels and {parameters:,} parameters"
+
+
+def fetch(url: str, part: Path, *, report: Report | None = None) -> None:
+    """Stream `url` to `part`, continuing where an earlier attempt ended; complete when this returns.
+
+    Raises urllib.error.URLError, http.client.HTTPException, TimeoutError or ConnectionError when it breaks off.
+    """
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "cviv-vae", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
+            raise
+        if error.headers.get("Content-Range", "").rsplit("/", 1)[-1] != str(have):
+            part.unlink()  # of another file than the one there now
+            fetch(url, part, report=report)
+        return
+    with answer:
+        if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
+            have = 0
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length is not None else None
+        with part.open("ab" if have else "wb") as file:
+            while block := answer.read(_CHUNK):
+                file.write(block)
+                have += len(block)
+                if report is not None:
+                    report(have, total)
+    if total is not None and have < total:
+        raise http.client.IncompleteRead(b"", total - have)
+
+
+def _from_hub(official: OfficialFile, part: Path) -> Path:
+    """Fetch through huggingface_hub into the folder `part`. Raises ConnectionError when it breaks off."""
+    import huggingface_hub  # optional, and needed for this alone
+    from huggingface_hub.utils import logging as hub_logging
+
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # it announces every retry in three lines
+    try:
+        fetched = huggingface_hub.hf_hub_download(official.repository, official.file, local_dir=part)
+    except Exception as error:  # its errors come from several libraries and change with their versions
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ConnectionError(str(cause)) from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
+    return Path(fetched)
+
+
+def _accept(part: Path, target: Path, official: OfficialFile) -> None:
+    try:
+        check(part, official)
+    except CheckpointError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise CheckpointError(f"What was downloaded is not {official.name}, and was deleted: {error}") from error
+    give_name(part, target)
+
+
+def _unreachable(official: OfficialFile, target: Path, error: BaseException) -> DownloadError:
+    reason = getattr(error, "reason", None) or error
+    words = getattr(reason, "strerror", None) or str(reason).strip() or type(reason).__name__
+    first = re.sub(r"^\[Errno -?\d+\] ", "", words.splitlines()[0]).rstrip(".")
+    return DownloadError(
+        f"{official.name} could not be downloaded ({first}). Try again to continue where it stopped, or download "
+        f"{official.file} from {official.page} by hand and save it as {target}."
+    )
