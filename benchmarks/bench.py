@@ -36,7 +36,7 @@ from torch import Tensor
 
 from vae_core import Plan, VideoVAE
 from vae_core.keys import build
-from vae_core.output import collect
+from vae_core.run.output import collect
 from vae_core.windows import SPACE, latent_frames
 
 GB = 10**9

@@ -1,18 +1,19 @@
-"""CV-VAE and IV-VAE: two video VAEs, exact and streaming. This page is the package's public door."""
+"""Video VAEs, exact and streaming: CV-VAE, IV-VAE and image VAEs. This page is the package's public door."""
 
-from .door.checkpoints import load, save
-from .door.codec import VAEInfo, VideoVAE
+from .door.info import VAEInfo
+from .door.loading import load, save
+from .door.vae import VideoVAE
 from .errors import CheckpointError, LatentFileError, VideoError
-from .memory import Memory
-from .planner import Plan
-from .tiles import ReferencePlan, TilePlan
+from .families import Compression
+from .plan.planner import Plan
+from .run.tiling import ReferencePlan, TilePlan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Compression",
     "LatentFileError",
-    "Memory",
     "Plan",
     "ReferencePlan",
     "TilePlan",

@@ -18,13 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ...vae_core import Plan, ReferencePlan, TilePlan, VideoVAE
-from ...vae_core.door.checkpoints import official_state
-from ...vae_core.door.codec import Direction
-from ...vae_core.iv_vae import IVVAEConfig
-from ...vae_core.keys import default_scaling
-from ...vae_core.output import NotFiniteError, collect
-from ...vae_core.planner import budget_for, with_margin
-from ...vae_core.windows import SPACE, TIME, latent_frames, pixel_frames
+from ...vae_core.door.loading import official_state
+from ...vae_core.families import Direction
+from ...vae_core.plan.planner import budget_for, with_margin
+from ...vae_core.run.output import NotFiniteError, collect
 from .running import Run
 from .schema import GIB
 from .session import SESSION, Gauge, peak_reader
@@ -74,7 +71,8 @@ class Network(nn.Module):
     def decode_output_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
         """The shape of the frames that a latent of `shape` decodes to."""
         b, _, t, h, w = shape
-        return b, 3, pixel_frames(t), h * SPACE, w * SPACE
+        compression = self.codec.info.compression
+        return b, 3, compression.pixel_frames(t), h * compression.space, w * compression.space
 
     def encode(self, x: Tensor, device: torch.device | None = None) -> Tensor:
         """The mean latent; `device` is where the weights are, and is named by ComfyUI alone."""
@@ -92,7 +90,7 @@ class Network(nn.Module):
 
     def encode_tiled(self, x: Tensor, *, tile_x: int = 512, tile_y: int = 512, **_: Any) -> Tensor:
         """Exact tiles of `tile_y` x `tile_x` pixels."""
-        return self.codec.encode(x, pad=True, plan=_tiles_of_pixels(tile_y, tile_x))
+        return self.codec.encode(x, pad=True, plan=_tiles_of_pixels(self.codec, tile_y, tile_x))
 
 
 def _fill(pieces: Iterable[Tensor], shape: tuple[int, ...], like: Tensor, out: Tensor | None) -> Tensor:
@@ -104,8 +102,9 @@ def _fill(pieces: Iterable[Tensor], shape: tuple[int, ...], like: Tensor, out: T
     return out
 
 
-def _tiles_of_pixels(height: int, width: int) -> TilePlan:
-    return TilePlan(tile=(max(1, height // SPACE), max(1, width // SPACE)))
+def _tiles_of_pixels(codec: VideoVAE, height: int, width: int) -> TilePlan:
+    space = codec.info.compression.space
+    return TilePlan(tile=(max(1, height // space), max(1, width // space)))
 
 
 class NativeVideoVAE(comfy.sd.VAE):
@@ -120,10 +119,12 @@ class NativeVideoVAE(comfy.sd.VAE):
         self.codec, self.layout = codec, layout
         self.first_stage_model = Network(codec).eval()
         self.latent_channels, self.latent_dim, self.output_channels = codec.info.latent_channels, 3, 3
-        self.upscale_ratio = (lambda t: max(0, pixel_frames(t)), SPACE, SPACE)
-        self.upscale_index_formula = (TIME, SPACE, SPACE)
-        self.downscale_ratio = Ratio((lambda t: max(0, latent_frames(t)), SPACE, SPACE))
-        self.downscale_index_formula = (TIME, SPACE, SPACE)
+        self.compression = compression = codec.info.compression
+        time, space = compression.time, compression.space
+        self.upscale_ratio = (lambda t: max(0, compression.pixel_frames(t)), space, space)
+        self.upscale_index_formula = (time, space, space)
+        self.downscale_ratio = Ratio((lambda t: max(0, compression.latent_frames(t)), space, space))
+        self.downscale_index_formula = (time, space, space)
         self.process_input, self.process_output = _to_signed, _to_unit
         self.working_dtypes = [torch.bfloat16, torch.float32]
         self.memory_used_decode = self._decode_bytes
@@ -170,28 +171,28 @@ class NativeVideoVAE(comfy.sd.VAE):
         overlap_t: int | None = None,
     ) -> Tensor:
         """Stock tiled encoding, in exact tiles."""
-        return self._encode_all(pixel_samples, _tiles_of_pixels(tile_y or 512, tile_x or 512))
+        return self._encode_all(pixel_samples, _tiles_of_pixels(self.codec, tile_y or 512, tile_x or 512))
 
     def get_sd(self) -> dict[str, Tensor]:
         """The weights under their official names, so that Save VAE writes a file that loads again.
 
         Raises ValueError for an IV-VAE whose scale only its own file tells, since Save VAE writes nothing but tensors.
         """
-        config = self.codec.model.config
-        if isinstance(config, IVVAEConfig) and (config.scale_factor, config.shift_factor) != default_scaling(
-            config.latent_channels, config.dim, config.parts
-        ):
+        model = self.codec.model
+        state = official_state(model)
+        if model.family.configure({name: tuple(tensor.shape) for name, tensor in state.items()}, {}) != model.config:
             raise ValueError(
                 "Save VAE cannot keep this VAE's latent scale, and the file would decode its latents wrongly. Use the "
                 "file it was loaded from, or vae_core.save in Python."
             )
-        return official_state(self.codec.model)
+        return state
 
     def _decode_all(self, samples: Tensor, tiles: Tiling) -> Tensor:
         latent = {"samples": samples}
         z = self.video_latent(latent)
-        pieces = self.decode_pieces(z, Run(z.shape[0] * pixel_frames(z.shape[2])), tiles=tiles, lent=True)
-        images = collect_images(pieces, z.shape[0], pixel_frames(z.shape[2])).to(self.output_device)
+        frames = self.compression.pixel_frames(z.shape[2])
+        pieces = self.decode_pieces(z, Run(z.shape[0] * frames), tiles=tiles, lent=True)
+        images = collect_images(pieces, z.shape[0], frames).to(self.output_device)
         return images if samples.ndim == 5 else images.flatten(0, 1)
 
     def _encode_all(self, pixels: Tensor, tiles: Tiling) -> Tensor:
@@ -313,7 +314,7 @@ class NativeVideoVAE(comfy.sd.VAE):
             SESSION,
             self._setting,
             predicted=int(plan.device_bytes / SESSION.margin(self._setting)),
-            pieces=2 if self.codec.family == "iv-vae" else 1,  # the first group of an IV-VAE is one frame
+            pieces=1 if self.codec.model.family.latents.overlap else 2,  # the first group of an IV-VAE is one frame
             peak=peak_reader(self.device),
         )
         return plan.tiles, gauge

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 from ...vae_core import TilePlan
-from ...vae_core.planner import MARGIN, measured_margin
+from ...vae_core.plan.planner import MARGIN, measured_margin
 
 
 class Session:

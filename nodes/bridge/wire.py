@@ -17,7 +17,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ...vae_core.windows import SPACE, latent_frames, pixel_frames
+from ...vae_core.families import FAMILIES, VIDEO, Compression
 
 Layout = Literal["frames", "video", "images"]
 FACTS = "cviv"
@@ -38,6 +38,12 @@ class Facts:
     height: int | None = None
     width: int | None = None
     layout: Layout | None = None
+
+    @property
+    def compression(self) -> Compression:
+        """Of the VAE that made it; where that is not known, of a video VAE."""
+        family = FAMILIES.get(self.family or "")
+        return VIDEO if family is None else family.compression
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -70,15 +76,18 @@ def read_facts(latent: Mapping[str, Any]) -> Facts:
     layout = raw.get("layout") if raw.get("layout") in ("frames", "video", "images") else None
     if layout is not None and (samples.ndim == 5) != (layout == "video"):
         layout = None
+    family = raw["family"] if isinstance(raw.get("family"), str) else None
+    compression = Facts(family=family).compression
     count = samples.shape[2] if samples.ndim == 5 else samples.shape[0]
     frames = raw.get("frames")
-    if not _whole(frames) or layout == "images" or latent_frames(frames) != count:
+    if not _whole(frames) or layout == "images" or compression.latent_frames(frames) != count:
         frames = None
     height, width = raw.get("height"), raw.get("width")
-    if not (_whole(height) and _whole(width) and _cells(height, width) == tuple(samples.shape[-2:])):
+    cells = [compression.cells(side) if _whole(side) else None for side in (height, width)]
+    if cells != list(samples.shape[-2:]):
         height = width = None
     return Facts(
-        family=raw["family"] if isinstance(raw.get("family"), str) else None,
+        family=family,
         fps=_fraction(raw.get("fps")),
         frames=frames,
         height=height,
@@ -172,17 +181,8 @@ def rate_of(fps: float) -> Fraction | None:
     return Fraction(fps).limit_denominator(1001) if fps else None
 
 
-def whole_frames(latents: int) -> int:
-    """Frames that a clip of `latents` latents decodes to."""
-    return pixel_frames(latents)
-
-
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _cells(height: int, width: int) -> tuple[int, int]:
-    return -(-height // SPACE), -(-width // SPACE)
 
 
 def _fraction(value: object) -> Fraction | None:

@@ -15,11 +15,12 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...vae_core.families import Compression
 from ..bridge.lazy_video import LazyVideo
 from ..bridge.native import NativeVideoVAE, budget_bytes, collect_images, require
 from ..bridge.running import Run, keep_report, report_ui
 from ..bridge.schema import GIB, budget_input, describe, field, latent_input, preview_input, vae_input
-from ..bridge.wire import Facts, rate_of, read_facts, whole_frames
+from ..bridge.wire import Facts, rate_of, read_facts
 from ..latents.files import save_latent
 
 DEFAULT_FPS = Fraction(24)  # where neither the latent nor the user says
@@ -28,11 +29,11 @@ RESCUED = "latents/undecoded"  # the name below the output folder of a latent wh
 _log = logging.getLogger("cviv-vae")
 
 
-def _facts(latent: dict[str, Any], z: Tensor) -> tuple[Facts, list[str]]:
+def _facts(latent: dict[str, Any], z: Tensor, compression: Compression) -> tuple[Facts, list[str]]:
     """Facts with frame count and size filled in for the decoded clip, and sentences about what was not known."""
     facts, told = read_facts(latent), []
-    available = whole_frames(z.shape[2])
-    height, width = z.shape[-2] * 8, z.shape[-1] * 8
+    available = compression.pixel_frames(z.shape[2])
+    height, width = z.shape[-2] * compression.space, z.shape[-1] * compression.space
     if facts.frames is None or facts.size is None:
         told.append("the latent does not say the video's true length or size: all that it decodes to is given")
     return replace(

@@ -6,8 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ...vae_core.plan_picture import draw_plan
-from ...vae_core.windows import SPACE, latent_frames
+from ...vae_core.pictures.plan import draw_plan
 from ..bridge.native import budget_bytes, plan_words, require
 from ..bridge.running import report_ui
 from ..bridge.schema import GIB, budget_input, check_choice, describe, field, vae_input
@@ -49,11 +48,11 @@ class PlanNode(io.ComfyNode):
         vae = require(vae)
         check_choice("direction", direction, DIRECTIONS)
         budget = budget_bytes(memory_budget_gb) or vae.could_be_free()
-        cells = -(-height // SPACE), -(-width // SPACE)
         if direction == "decode":
-            shape = (1, vae.latent_channels, latent_frames(frames), *cells)
+            cells = vae.compression.cells(height), vae.compression.cells(width)
+            shape = (1, vae.latent_channels, vae.compression.latent_frames(frames), *cells)
         else:
-            shape = (1, 3, frames, SPACE * cells[0], SPACE * cells[1])
+            shape = (1, 3, frames, height, width)
         plan = vae.plan(direction, shape, budget)
         title = (
             f"{direction} {frames} frames of {width}x{height} with {vae.codec.family}, "

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core.detail.fusion import MOST_CONFIDENCE, DetailSettings, check_counts, fuse_detail
-from ...vae_core.windows import SPACE
+from ...vae_core.families import VIDEO
 from ..bridge.running import Run
 from ..bridge.schema import describe, field
 from ..bridge.wire import images_of, pieces_of, pixels_of
@@ -129,7 +129,7 @@ def _fitting(images: Tensor, video: Tensor, run: Run) -> Tensor:
     got = images.shape[1:3]
     if got == (height, width):
         return images
-    if got == (-(-height // SPACE) * SPACE, -(-width // SPACE) * SPACE):
+    if got == (-(-height // VIDEO.space) * VIDEO.space, -(-width // VIDEO.space) * VIDEO.space):
         run.note(f"the padding of the keyframes ({got[1]}x{got[0]}) at the right and the bottom is cut off")
         return images[:, :height, :width]
     raise ValueError(

@@ -15,10 +15,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core import TilePlan
+from ...vae_core.families import VIDEO
 from ...vae_core.metrics import Borders, SeamMeter, SeamReading, chunk_borders
-from ...vae_core.pieces import AnyPlan
-from ...vae_core.regions import split
-from ...vae_core.windows import SPACE
+from ...vae_core.nn.region import split
+from ...vae_core.run.stream import AnyPlan
 from ..bridge.native import NativeVideoVAE, budget_bytes
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, describe, field
@@ -141,7 +141,7 @@ def _borders(tiles: AnyPlan, source: Clip, *, chunks: bool) -> Borders:
     if not isinstance(tiles, TilePlan):
         return Borders(frames=frames)
     rows, columns = (
-        tuple((SPACE * stop, SPACE * stop) for _, stop in split((0, -(-side // SPACE)), tile)[:-1])
+        tuple((VIDEO.space * stop, VIDEO.space * stop) for _, stop in split((0, -(-side // VIDEO.space)), tile)[:-1])
         for side, tile in zip(source.size, tiles.sides, strict=True)
     )
     return Borders(rows=rows, columns=columns, frames=frames)

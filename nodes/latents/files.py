@@ -27,7 +27,6 @@ from ..bridge.wire import (
     read_facts,
     samples_of,
     to_video,
-    whole_frames,
 )
 from .paths import check_prefix, listed, listed_path, make_folder, numbered_path, reused_path, subfolder
 
@@ -257,7 +256,7 @@ def _meta(z: Tensor, facts: Facts, layout: Layout, texts: Mapping[str, str]) -> 
     return LatentMeta(
         family=family,
         fps=(facts.fps or _UNKNOWN_FPS).limit_denominator(10**6),
-        frames=facts.frames or whole_frames(z.shape[2]),
+        frames=facts.frames or facts.compression.pixel_frames(z.shape[2]),
         height=height,
         width=width,
         clip_layout=layout,

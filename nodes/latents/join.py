@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..bridge.schema import describe, field
-from ..bridge.wire import Facts, Layout, from_video, make_latent, read_facts, samples_of, to_video, whole_frames
+from ..bridge.wire import Facts, Layout, from_video, make_latent, read_facts, samples_of, to_video
 
 MOST = 8  # clips of one node; chain nodes for more
 
@@ -143,8 +143,9 @@ def _facts(clips: Sequence[_Clip], latents: int) -> tuple[Facts, list[str]]:
     rates = list(dict.fromkeys(facts.fps for facts in known if facts.fps is not None))
     sized = next((facts for facts in known if facts.size is not None), Facts())
     last = clips[-1]
-    surplus = 0 if last.facts.frames is None else whole_frames(last.video.shape[2]) - last.facts.frames
-    frames = whole_frames(latents) - surplus
+    compression = last.facts.compression
+    surplus = 0 if last.facts.frames is None else compression.pixel_frames(last.video.shape[2]) - last.facts.frames
+    frames = compression.pixel_frames(latents) - surplus
     told = [f"{frames} frames"]
     if len(rates) > 1:
         told.append(f"the clips have different frame rates ({', '.join(map(str, rates))}): the first is kept")
@@ -161,7 +162,9 @@ def _facts(clips: Sequence[_Clip], latents: int) -> tuple[Facts, list[str]]:
 
 
 def _padded(clip: _Clip) -> bool:
-    return clip.facts.frames is not None and clip.facts.frames < whole_frames(clip.video.shape[2])
+    return clip.facts.frames is not None and clip.facts.frames < clip.facts.compression.pixel_frames(
+        clip.video.shape[2]
+    )
 
 
 NODES = [JoinLatents]

@@ -12,7 +12,7 @@ import torch
 from comfy_api.latest import InputImpl, io
 
 from ...vae_core import load
-from ...vae_core.door.checkpoints import DEMO_FOLDER, DEMO_WEIGHTS
+from ...vae_core.door.loading import DEMO_FOLDER, DEMO_WEIGHTS
 from ..bridge.native import NativeVideoVAE, require
 from ..bridge.running import report_ui
 from ..bridge.schema import check_choice, describe, field, vae_input

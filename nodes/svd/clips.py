@@ -13,10 +13,10 @@ import torch
 from comfy_api.latest import InputImpl
 from torch import Tensor
 
+from ...vae_core.families import VIDEO
 from ...vae_core.media.latents import open_latent
 from ...vae_core.svd.session import TrainingClip, augmented
 from ...vae_core.svd.trainer import LATENT_SCALE
-from ...vae_core.windows import SPACE, TIME, latent_frames
 from ..bridge.native import NativeVideoVAE
 from ..bridge.running import Run
 from ..bridge.video_source import VideoSource, open_video
@@ -25,7 +25,7 @@ from .conditioning import CHANNELS
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 LATENTS = ".safetensors"
-_FEWEST = 1 + TIME  # frames of a clip
+_FEWEST = 1 + VIDEO.time  # frames of a clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class ClipMaker:
     def _of_video(self, file: Path, node_id: str | None) -> Iterator[tuple[Tensor, Tensor, float]]:
         """(latent (t, 4, h, w), first frame (1, h, w, 3), frames per second) of each clip, one after another."""
         source = open_video(InputImpl.VideoFromFile(str(file)))
-        count = (min(self.frames, source.total) - 1) // TIME * TIME + 1
+        count = (min(self.frames, source.total) - 1) // VIDEO.time * VIDEO.time + 1
         if count < _FEWEST:
             return
         for start in range(0, source.total - count + 1, count):
@@ -77,7 +77,7 @@ class ClipMaker:
                 f"{file.name} is a latent of {opened.meta.family} with {opened.shape[1]} channels, and SVD works on "
                 f"those of cv-vae with {CHANNELS}: encode the video with CV-VAE, or take the file out of the folder."
             )
-        count = min(opened.shape[2], latent_frames(self.frames))
+        count = min(opened.shape[2], VIDEO.latent_frames(self.frames))
         if count < 2:
             return
         z = opened.read(0, count)[0].movedim(1, 0).float()  # t c h w
@@ -100,7 +100,7 @@ class ClipMaker:
             x0=x0.detach().cpu().float() * LATENT_SCALE,
             image=image.detach().cpu().float(),
             seen=seen.detach().cpu().float(),
-            rate=max(1, round(fps / TIME)),
+            rate=max(1, round(fps / VIDEO.time)),
             augmentation=level,
         )
 
@@ -142,7 +142,8 @@ def training_folder(folder: str) -> Path:
 
 def check_size(width: int, height: int) -> None:
     """Raise ValueError unless the size fits the U-Net, which halves the latent three times."""
-    if width % (8 * SPACE) or height % (8 * SPACE):
+    if width % (8 * VIDEO.space) or height % (8 * VIDEO.space):
         raise ValueError(
-            f"The size is {width}x{height}; SVD is trained on multiples of {8 * SPACE}, such as 1024x576 or 512x320."
+            f"The size is {width}x{height}; SVD is trained on multiples of {8 * VIDEO.space}, such as 1024x576 or "
+            "512x320."
         )

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...vae_core.windows import SPACE, TIME, latent_frames
+from ...vae_core.families import VIDEO
 from ..bridge.native import NativeVideoVAE
 from ..bridge.schema import describe, field
-from ..bridge.wire import Facts, make_latent, pixels_of, whole_frames
+from ..bridge.wire import Facts, make_latent, pixels_of
 from .windows import TRAINED
 
 CHANNELS = 4  # of SVD's latent space
@@ -74,13 +74,13 @@ class SVDConditioning(io.ComfyNode):
     ) -> io.NodeOutput:
         _check_models(clip_vision, image_vae)
         pixels = pixels_of(image)
-        latents = latent_frames(frames)
+        latents = VIDEO.latent_frames(frames)
         scaled = _scale(pixels, width, height)
         shown = _encode(image_vae, _augment(scaled, augmentation_level, augmentation_seed))
         seen = _see(clip_vision, pixels, latents)
         told = {
             "motion_bucket_id": motion_bucket_id,
-            "fps": max(1, round(fps / TIME)),
+            "fps": max(1, round(fps / VIDEO.time)),
             "augmentation_level": augmentation_level,
         }
         positive = [[seen, {**told, "concat_latent_image": shown}]]
@@ -92,7 +92,7 @@ class SVDConditioning(io.ComfyNode):
             height=height,
             width=width,
         )
-        empty = torch.zeros(latents, CHANNELS, scaled.shape[1] // SPACE, scaled.shape[2] // SPACE)
+        empty = torch.zeros(latents, CHANNELS, scaled.shape[1] // VIDEO.space, scaled.shape[2] // VIDEO.space)
         report = _report(pixels, facts, empty, told["fps"])
         return io.NodeOutput(positive, negative, make_latent(empty, facts, "frames"), report)
 
@@ -179,7 +179,7 @@ def _check_models(clip_vision: Any, image_vae: Any) -> None:
 def _scale(pixels: Tensor, width: int, height: int) -> Tensor:
     """(n, h, w, 3) covering the size and cut to its middle; edges are repeated up to whole latents."""
     scaled = comfy.utils.common_upscale(pixels.movedim(-1, 1), width, height, "bilinear", "center")
-    padded = F.pad(scaled, (0, -width % SPACE, 0, -height % SPACE), mode="replicate")
+    padded = F.pad(scaled, (0, -width % VIDEO.space, 0, -height % VIDEO.space), mode="replicate")
     return padded.movedim(1, -1)
 
 
@@ -221,7 +221,7 @@ def _report(pixels: Tensor, facts: Facts, empty: Tensor, rate: int) -> str:
         f"{seconds:.2f} s at {float(facts.fps):g} frames per second",
         f"SVD is told {rate} latents per second",
     ]
-    surplus = whole_frames(latents) - facts.frames
+    surplus = VIDEO.pixel_frames(latents) - facts.frames
     if surplus:
         lines.append(f"{latents} latents decode to {surplus} frames more, which Video VAE Decode leaves out")
     count, height, width, _ = pixels.shape

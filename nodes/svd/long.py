@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ...vae_core.families import VIDEO
 from ..bridge.schema import check_choice, describe, field
-from ..bridge.wire import Facts, read_facts, samples_of, whole_frames
+from ..bridge.wire import Facts, read_facts, samples_of
 from .hooks import LongSampling
 from .job import LongSettings
 from .model import check_svd
@@ -222,7 +223,7 @@ def _check_latent(latent: Any) -> Facts:
 
 def _report(spans: list[Span], settings: LongSettings, facts: Facts, fps: float) -> str:
     latents = spans[-1].stop
-    frames = facts.frames or whole_frames(latents)
+    frames = facts.frames or VIDEO.pixel_frames(latents)
     lines = [f"{latents} latents, {frames} frames, {frames / fps:.1f} s at {fps:g} frames per second"]
     if len(spans) == 1:
         lines.append(f"one window of up to {settings.length} latents is enough: the model samples as without this node")
@@ -236,8 +237,8 @@ def _report(spans: list[Span], settings: LongSettings, facts: Facts, fps: float)
         fits = latents + surplus
         shorter = fits - (settings.length - settings.overlap)
         lines.append(
-            f"the last one is moved back and shares {spans[-1].known} latents; {whole_frames(shorter)} or "
-            f"{whole_frames(fits)} frames fit without that"
+            f"the last one is moved back and shares {spans[-1].known} latents; {VIDEO.pixel_frames(shorter)} or "
+            f"{VIDEO.pixel_frames(fits)} frames fit without that"
         )
     if settings.length > TRAINED:
         lines.append(f"windows of {settings.length} latents are longer than the {TRAINED} that SVD-XT was trained on")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..bridge.wire import image_of, whole_frames
+from ...vae_core.families import VIDEO
+from ..bridge.wire import image_of
 from .job import LongSettings
 from .windows import Span, carry_mask, fusing_weights
 
@@ -80,7 +81,7 @@ def _draw_axis(
     for latent in range(0, latents, every):
         x = _LEFT + latent * step
         draw.line((x, top, x, top + 5), fill=_FAINT)
-        frame = whole_frames(latent + 1) - 1
+        frame = VIDEO.pixel_frames(latent + 1) - 1
         draw.text((x + 2, top + 6), f"latent {latent}" if not latent else str(latent), fill=_INK, font=font)
         told = f"frame {frame}" if not latent else f"{frame}: {frame / fps:.1f} s"
         draw.text((x + 2, top + 22), told, fill=_FAINT, font=font)

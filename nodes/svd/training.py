@@ -18,8 +18,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...vae_core.pictures.losses import draw_losses
 from ...vae_core.svd.adapter import LAYER, save_adapter
-from ...vae_core.svd.loss_picture import draw_losses
 from ...vae_core.svd.session import CHECKPOINT_EVERY, HELD_OUT, MOTION, Training, TrainingClip
 from ...vae_core.svd.trainer import METHODS, AdapterTrainer, Draw, TrainSettings, network_target
 from ..bridge.native import NativeVideoVAE, require

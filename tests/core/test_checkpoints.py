@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vae_core
 from vae_core.cv_vae import CVVAE, CVVAEConfig
-from vae_core.door.checkpoints import official_state
+from vae_core.door.loading import official_state
 from vae_core.iv_vae import IVVAEConfig
 from vae_core.keys import Config, build, key_map
 

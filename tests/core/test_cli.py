@@ -18,7 +18,7 @@ from vae_core.cli import app as commands
 from vae_core.cli import report
 from vae_core.cli.guard import guarded
 from vae_core.cli.work import Quality
-from vae_core.door.checkpoints import DEMO_WEIGHTS
+from vae_core.door.loading import DEMO_WEIGHTS
 from vae_core.media.latents import open_latent
 from vae_core.media.video import frame_times, probe, read_frames
 from vae_core.metrics import frame_quality

@@ -13,7 +13,7 @@ import torch
 
 import vae_core
 from vae_core import CheckpointError
-from vae_core.door.checkpoints import official_state
+from vae_core.door.loading import official_state
 from vae_core.weights import downloads
 from vae_core.weights.downloads import OFFICIAL_FILES, DownloadError, check, download, fetch
 

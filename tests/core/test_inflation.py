@@ -273,7 +273,7 @@ def test_sources_that_do_not_go_together_are_refused() -> None:
 
 def test_files_that_hold_no_image_vae_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InflationError, match=r"is a video VAE already \(cv-vae\)"):
-        read_image_vae(vae_core.door.checkpoints.DEMO_WEIGHTS["demo-cv-vae"])
+        read_image_vae(vae_core.door.loading.DEMO_WEIGHTS["demo-cv-vae"])
     with pytest.raises(InflationError, match="holds no image VAE"):
         read_image_vae({"a": torch.zeros(3)})
     weights = random_weights()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vae_core import TilePlan, VideoVAE, load
-from vae_core.door.checkpoints import official_state, save
+from vae_core.door.loading import official_state, save
 from vae_core.errors import CheckpointError
 from vae_core.iv_layers import PUBLISHED, CausalConv3d, IVParts, TemporalConv
 from vae_core.iv_vae import IVVAE, IVVAEConfig

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import lpips as torchmetrics_lpips
 
 import vae_core
-from vae_core.door.checkpoints import DEMO_FOLDER
+from vae_core.door.loading import DEMO_FOLDER
 from vae_core.errors import CheckpointError
 from vae_core.media.video import read_frames
 from vae_core.metrics import (
@@ -41,7 +41,7 @@ from vae_core.metrics import (
 )
 from vae_core.metrics.flicker import warp
 from vae_core.metrics.i3d import I3D
-from vae_core.tiles import Grid, ReferencePlan
+from vae_core.run.tiling import Grid, ReferencePlan
 
 from .clips import moving_picture
 

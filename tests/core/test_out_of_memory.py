@@ -18,7 +18,7 @@ from vae_core import TilePlan
 from vae_core.cv_tiles import CVPass
 from vae_core.iv_tiles import IVPass
 from vae_core.iv_vae import Decoder, Encoder
-from vae_core.pieces import is_out_of_memory
+from vae_core.run.stream import is_out_of_memory
 
 Make = Callable[..., vae_core.VideoVAE]
 RUNGS = [TilePlan(tile=(2, 2)), TilePlan(tile=(1, 2), offload=True), TilePlan(tile=1)]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vae_core.door.checkpoints import save
+from vae_core.door.loading import save
 from vae_core.metrics import LPIPS
 from vae_core.training.coders import ImageCoder, VideoCoder, read_image_model
 from vae_core.training.config import LossConfig, OptimizerConfig, RegularizationConfig

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import vae_core
-from vae_core.door.checkpoints import DEMO_FOLDER
+from vae_core.door.loading import DEMO_FOLDER
 from vae_core.media.video import read_frames
 from vae_core.training.camera_moves import CameraMoves
 from vae_core.training.clips import BatchKind

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vae_core import ReferencePlan
-from vae_core.door.codec import CV_FRAMES, CV_LATENTS, IV_FRAMES, IV_LATENTS
-from vae_core.tiles import Grid, run_tiled
+from vae_core.door.vae import CV_FRAMES, CV_LATENTS, IV_FRAMES, IV_LATENTS
+from vae_core.run.tiling import Grid, run_tiled
 from vae_core.windows import (
     Windowing,
     check_whole,

@@ -22,8 +22,8 @@ from rich.progress import (
 from rich.text import Text
 
 from .. import __version__
-from ..door.checkpoints import DEMO_FOLDER, load
-from ..door.codec import VideoVAE
+from ..door.loading import DEMO_FOLDER, load
+from ..door.vae import VideoVAE
 from ..media.latents import TENSOR, LatentFile, open_latent
 from ..media.video import OUTPUT_SUFFIXES, check_output_name, probe
 from ..weights.downloads import OFFICIAL_FILES, download

@@ -13,7 +13,7 @@ from rich import box
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..tiles import ReferencePlan
+from ..run.tiling import ReferencePlan
 from .guard import UserError, err, guarded, note, out
 from .options import Device, DType, DTypeOption, device_and_dtype
 from .report import figure
@@ -211,7 +211,7 @@ def _checked(plan: type[ReferencePlan], tile_px: int) -> ReferencePlan:
 
 
 def _check_vaes(names: list[str]) -> None:
-    from ..door.checkpoints import DEMO_WEIGHTS
+    from ..door.loading import DEMO_WEIGHTS
     from ..evaluation.candidates import BASELINE, TILED
 
     for name in names:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from ..errors import CheckpointError, LatentFileError, VideoError
-from ..output import NotFiniteError
+from ..run.output import NotFiniteError
 from ..weights.downloads import DownloadError
 
 P = ParamSpec("P")

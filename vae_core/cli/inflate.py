@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..door.checkpoints import save
+from ..door.loading import save
 from ..training.inflation import InflationError, inflate
 from .guard import UserError, guarded, note, out
 from .options import Overwrite

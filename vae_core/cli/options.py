@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
-from ..door.checkpoints import load
-from ..door.codec import VideoVAE
+from ..door.loading import load
+from ..door.vae import VideoVAE
 from .guard import UserError
 
 

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..plan_picture import draw_plan
-from ..windows import SPACE, latent_frames
+from ..pictures.plan import draw_plan
 from .guard import UserError, guarded, out
 from .options import Device, DType, DTypeOption, Weights, load_weights
 
@@ -40,12 +39,14 @@ def plan_command(
     if picture is not None and picture.suffix.lower() != ".png":
         raise UserError(f"{picture} is not the name of a PNG file: end it in .png.")
     vae = load_weights(weights, dtype, device)
-    cells = -(-height // SPACE), -(-width // SPACE)
+    compression = vae.info.compression
+    latents = compression.latent_frames(frames)
     budget_bytes = None if budget is None else int(budget * 2**30)
     if way is Way.DECODE:
-        plan = vae.plan_decode((1, vae.info.latent_channels, latent_frames(frames), *cells), budget_bytes=budget_bytes)
+        cells = compression.cells(height), compression.cells(width)
+        plan = vae.plan_decode((1, vae.info.latent_channels, latents, *cells), budget_bytes=budget_bytes)
     else:
-        plan = vae.plan_encode((1, 3, frames, SPACE * cells[0], SPACE * cells[1]), budget_bytes=budget_bytes)
+        plan = vae.plan_encode((1, 3, frames, height, width), budget_bytes=budget_bytes)
     limit = "without a limit" if budget is None else f"within {budget:g} GiB"
     precision = str(vae.dtype).removeprefix("torch.")
     title = f"{way.value} {frames} frames of {width}x{height} with {vae.family}, {precision}, {limit}"

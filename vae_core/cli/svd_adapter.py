@@ -17,14 +17,14 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ..door.codec import VideoVAE
+from ..door.vae import VideoVAE
+from ..families import VIDEO
 from ..media.latents import open_latent
 from ..media.video import frame_times, probe, read_frames
+from ..pictures.losses import draw_losses
 from ..svd.adapter import OUTPUTS, save_adapter
-from ..svd.loss_picture import draw_losses
 from ..svd.session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, augmented
 from ..svd.trainer import LATENT_SCALE, METHODS, AdapterTrainer, TrainSettings
-from ..windows import SPACE, TIME, latent_frames
 from .guard import UserError, err, guarded, note, out
 from .options import Device, DType, DTypeOption, Overwrite, device_and_dtype, load_weights
 from .work import check_outputs
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 LATENTS = ".safetensors"
-_FEWEST = 1 + TIME  # frames of a clip
-_UNIT = 8 * SPACE  # pixels; the U-Net halves a latent three times
+_FEWEST = 1 + VIDEO.time  # frames of a clip
+_UNIT = 8 * VIDEO.space  # pixels; the U-Net halves a latent three times
 
 
 class Method(str, Enum):
@@ -228,7 +228,7 @@ def _clips(files: list[Path], shape: _Shape, models: _Models, seed: int) -> tupl
                         x0=z * LATENT_SCALE,
                         image=models.image(noisy),
                         seen=models.encoder.see(first),
-                        rate=max(1, round(rate / TIME)),
+                        rate=max(1, round(rate / VIDEO.time)),
                         augmentation=level,
                     )
                 )
@@ -246,7 +246,7 @@ def _of_video(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[tuple[Tensor
 
     info = probe(file)
     total = len(frame_times(file)) or info.expected_frames or 0
-    count = (min(shape.frames, total) - 1) // TIME * TIME + 1
+    count = (min(shape.frames, total) - 1) // VIDEO.time * VIDEO.time + 1
     if count < _FEWEST:
         return
     pictures = (frame for piece in read_frames(file) for frame in piece.split(1, dim=2))
@@ -266,12 +266,12 @@ def _of_latent(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[tuple[Tenso
             f"cv-vae with {OUTPUTS}: encode the video with CV-VAE, or take the file out of the folder."
         )
     height, width = opened.shape[-2:]
-    if height % (_UNIT // SPACE) or width % (_UNIT // SPACE):
+    if height % (_UNIT // VIDEO.space) or width % (_UNIT // VIDEO.space):
         raise UserError(
-            f"{file} is a latent of {width * SPACE}x{height * SPACE} pixels; SVD is trained on multiples of {_UNIT}, "
-            "such as 1024x576: scale the video before it is encoded."
+            f"{file} is a latent of {width * VIDEO.space}x{height * VIDEO.space} pixels; SVD is trained on multiples "
+            f"of {_UNIT}, such as 1024x576: scale the video before it is encoded."
         )
-    count = min(opened.shape[2], latent_frames(shape.frames))
+    count = min(opened.shape[2], VIDEO.latent_frames(shape.frames))
     if count < 2:
         return
     z = opened.read(0, count).float()

@@ -15,7 +15,7 @@ from ..training import processes
 from ..training.checkpoint import TrainingError
 from ..training.config import ConfigError, TrainConfig, read_config
 from ..training.data import TrainingDataError
-from ..training.image_weights import InflationError
+from ..training.iv_image import InflationError
 from ..training.journal import has_tensorboard
 from ..training.loop import FINAL, Trainer, Watch
 from ..training.losses import LossError

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..door.codec import VideoVAE
+from ..door.vae import VideoVAE
 from ..errors import VideoError
 from ..media.latents import LatentFile, LatentMeta, LatentWriter
 from ..media.video import VideoInfo, VideoWriter, frame_times, is_variable, probe, read_frames

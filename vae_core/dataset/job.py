@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..door.checkpoints import DEMO_WEIGHTS, load
-from ..door.codec import VideoVAE
+from ..door.loading import DEMO_WEIGHTS, load
+from ..door.vae import VideoVAE
 from ..errors import VideoError
 from ..evaluation.protocols import cover
 from ..training.clip_decoding import clip_rate, read_picked

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..door.checkpoints import load
+from ..door.loading import load
 from .job import Counts, EncodeJob, EncodeJobError, EncodeSettings, PlannedClip, Progress, encode_row
 
 _MOST_TASKS = 2000

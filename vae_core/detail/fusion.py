@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..families import VIDEO, Windows
 from ..metrics.motion import LEVELS, luma, optical_flow, require_opencv, warp
-from ..windows import TIME, Windowing, latent_frames, rechunk
+from ..run.windows import rechunk
 
 FLOW_TOLERANCE = 2.0  # pixels by which a motion there and back may miss, at a confidence of 0.5
 LIGHT_TOLERANCE = 16.0  # levels of 255 by which a moved frame may differ, at a confidence of 0.5
@@ -72,14 +73,14 @@ class _Anchor:
 
 def check_counts(frames: int, keyframes: int) -> None:
     """Raise ValueError unless `keyframes` images are one for each latent of a video of `frames` frames."""
-    if frames > 0 and keyframes == latent_frames(frames):
+    if frames > 0 and keyframes == VIDEO.latent_frames(frames):
         return
-    most = TIME * (keyframes - 1) + 1
-    fit = f"{max(1, most - TIME + 1)} to {most}" if keyframes > 1 else str(keyframes)
+    most = VIDEO.time * (keyframes - 1) + 1
+    fit = f"{max(1, most - VIDEO.time + 1)} to {most}" if keyframes > 1 else str(keyframes)
     raise ValueError(
-        f"Got {frames} frames and {keyframes} keyframes; {frames} frames need {latent_frames(frames) if frames else 0} "
-        f"keyframes, and {keyframes} keyframes need {fit} frames (one keyframe for frame 0 and one for every "
-        f"{TIME} frames after it: 97 frames, 25 keyframes). Decode the same latent with both VAEs."
+        f"Got {frames} frames and {keyframes} keyframes; {frames} frames need "
+        f"{VIDEO.latent_frames(frames) if frames else 0} keyframes, and {keyframes} keyframes need {fit} frames (one "
+        f"keyframe for frame 0 and one for every {VIDEO.time} frames after it: 97 frames, 25 keyframes). Decode the same latent with both VAEs."
     )
 
 
@@ -125,7 +126,7 @@ def _groups(frames: Iterable[Tensor], keyframes: Iterable[Tensor]) -> Iterator[t
     """The frames (3, h, w) of each latent with its keyframe. Raises ValueError where one side ends before the other."""
     images = (image for piece in keyframes for image in piece[0].unbind(1))
     count = groups = 0
-    for piece in rechunk(frames, Windowing(first=1, step=TIME, overlap=0)):
+    for piece in rechunk(frames, Windows(first=1, step=VIDEO.time, overlap=0)):
         group = piece[0].unbind(1)
         count += len(group)
         keyframe = next(images, None)
@@ -145,7 +146,7 @@ def _groups(frames: Iterable[Tensor], keyframes: Iterable[Tensor]) -> Iterator[t
 
 def _uneven(got: str) -> str:
     return (
-        f"Got {got}; needed is one keyframe for frame 0 and one for every {TIME} frames after it: 97 frames, 25 "
+        f"Got {got}; needed is one keyframe for frame 0 and one for every {VIDEO.time} frames after it: 97 frames, 25 "
         "keyframes. Decode the same latent with both VAEs."
     )
 

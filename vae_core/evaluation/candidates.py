@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..door.checkpoints import DEMO_WEIGHTS, load
-from ..door.codec import VideoVAE
+from ..door.loading import DEMO_WEIGHTS, load
+from ..door.vae import VideoVAE
+from ..families import VIDEO
 from ..metrics import Borders, chunk_borders, tile_borders
-from ..pieces import AnyPlan
-from ..tiles import ReferencePlan
-from ..windows import SPACE, pad_stream
+from ..run.tiling import AnyPlan, ReferencePlan
+from ..run.windows import pad_stream
 from .protocols import whole
 
 BASELINE = "shrink-8x"
@@ -84,7 +84,7 @@ class Shrink:
         """Area average down, bicubic up."""
         for piece in frames:
             flat = piece[0].transpose(0, 1)  # t c h w
-            small = F.interpolate(flat, [max(1, round(side / SPACE)) for side in size], mode="area")
+            small = F.interpolate(flat, [max(1, round(side / VIDEO.space)) for side in size], mode="area")
             back = F.interpolate(small, size, mode="bicubic", align_corners=False)
             yield back.transpose(0, 1)[None]
 
@@ -116,7 +116,7 @@ class Diffusers:
                 for frame in piece[0].unbind(1):
                     yield self._images(_padded(frame[None, :, None])[:, :, 0])[:, :, None, : size[0], : size[1]]
             return
-        clip = whole(pad_stream(frames))  # 1 c t h w
+        clip = whole(pad_stream(frames, VIDEO))  # 1 c t h w
         if self.kind == "AutoencoderKLTemporalDecoder":
             latents = torch.cat([self._mean(frame[None]) for frame in clip[0].unbind(1)])
             result = self.model.decode(latents, num_frames=len(latents)).sample  # t c h w
@@ -183,7 +183,7 @@ def choose(
 
 def _native(spec: str, device: torch.device | str, dtype: torch.dtype, plan: ReferencePlan | None) -> Native:
     vae = load(spec, device=device, dtype=dtype)
-    if plan is not None and vae.family == "iv-vae":
+    if plan is not None and not vae.model.family.reference_tiles:
         raise ValueError(f"{spec}{TILED}: the official tiles are those of CV-VAE, and this is IV-VAE; leave them out.")
     return Native(vae, plan)
 
@@ -203,7 +203,7 @@ def borders_of(size: tuple[int, int], frames: int, tiles: ReferencePlan) -> Bord
 
 
 def _padded(frames: Tensor) -> Tensor:
-    return next(iter(pad_stream([frames])))
+    return next(iter(pad_stream([frames], VIDEO)))
 
 
 def _diffusers_class(path: Path) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import VideoError
 from ..media.video import VideoWriter, to_uint8
 from ..metrics import latent_compatibility
-from ..tiles import ReferencePlan
+from ..run.tiling import ReferencePlan
 from .candidates import Candidate, Choice, DiffusersImages, Native, borders_of
 from .measure import ClipMeters, Networks, Pictures, measure
 from .protocols import Protocol

@@ -23,16 +23,15 @@ from torch import Tensor
 
 from ..atomic import give_name, hidden, remove
 from ..errors import LatentFileError
-from ..weights.detect import Family, describe_foreign, family_of
+from ..families import FAMILIES, Compression, family_of
+from ..weights.detect import describe_foreign
 from ..weights.headers import HEADER_LIMIT, Header, UnreadableError, brief, open_safetensors, read_header, sniff
-from ..windows import SPACE, TIME, pixel_frames
 
 TENSOR = "latent_tbchw"
 FORMAT = "cviv-vae latent"
 VERSION = "1"
 LAYOUT = "t b c h w"
 ClipLayout = Literal["frames", "video", "images"]
-SCALED: dict[Family, bool] = {"cv-vae": False, "cv-vae-sd3": False, "iv-vae": True}
 _LAYOUTS: dict[str, ClipLayout] = {"frames": "frames", "video": "video", "images": "images"}
 RESERVED = frozenset(  # names of the format's own texts
     {"format", "format_version", "layout", "family", "channels", "scaled", "fps", "frames", "height", "width"}
@@ -55,7 +54,7 @@ class LatentMeta:
     not.
     """
 
-    family: Family
+    family: str
     fps: Fraction
     frames: int
     height: int
@@ -66,9 +65,14 @@ class LatentMeta:
     extra: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
 
     @property
+    def compression(self) -> Compression:
+        """Of the VAE that made it."""
+        return FAMILIES[self.family].compression
+
+    @property
     def scaled(self) -> bool:
         """Whether scale and shift are applied to the stored values."""
-        return SCALED[self.family]
+        return FAMILIES[self.family].scaled
 
 
 class LatentWriter:
@@ -88,7 +92,7 @@ class LatentWriter:
         self,
         path: str | os.PathLike[str],
         *,
-        family: Family,
+        family: str,
         fps: Fraction,
         height: int,
         width: int,
@@ -98,8 +102,8 @@ class LatentWriter:
         extra: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
-        if family not in SCALED:
-            raise LatentFileError(f"The family {family!r} is not known: give one of {', '.join(SCALED)}.")
+        if family not in FAMILIES:
+            raise LatentFileError(f"The family {family!r} is not known: give one of {', '.join(FAMILIES)}.")
         if self.path.suffix.lower() != ".safetensors":
             raise LatentFileError(
                 f"A latent file is a safetensors file: end the name {self.path.name} in .safetensors."
@@ -236,10 +240,11 @@ class LatentFile:
         the first of a part.
         """
         first, stop = self._range(first, count)
-        frames = pixel_frames(stop - first)
+        compression = self.meta.compression
+        frames = compression.pixel_frames(stop - first)
         if stop == self.shape[2]:
-            frames = max(1, frames - (pixel_frames(stop) - self.meta.frames))
-        return replace(self.meta, frames=frames, start=self.meta.start + TIME * first)
+            frames = max(1, frames - (compression.pixel_frames(stop) - self.meta.frames))
+        return replace(self.meta, frames=frames, start=self.meta.start + compression.time * first)
 
     def _range(self, first: int, count: int | None) -> tuple[int, int]:
         length = self.shape[2]
@@ -317,7 +322,7 @@ def _not_a_latent(header: Header) -> str:
         )
     family = family_of(header.shapes)
     if family is not None:
-        return f"holds the weights of a VAE ({family}), not a latent: give a file that `encode` wrote."
+        return f"holds the weights of a VAE ({family.id}), not a latent: give a file that `encode` wrote."
     return f"is not a latent file. {describe_foreign(header.shapes).replace('CV-VAE or IV-VAE weights', 'a latent')}"
 
 
@@ -360,12 +365,11 @@ def _read_meta(texts: dict[str, str]) -> LatentMeta:
         )
     if texts.get("layout") != LAYOUT:
         raise UnreadableError(f"has its axes in the order {_shown(texts.get('layout'))}; known is {LAYOUT!r}. {_AGAIN}")
-    families: dict[str, Family] = {name: name for name in SCALED}
-    family = families.get(texts.get("family", ""))
-    if family is None:
-        known = ", ".join(SCALED)
+    family = texts.get("family", "")
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
         raise UnreadableError(f"is of the family {_shown(texts.get('family'))}; known are {known}. {_AGAIN}")
-    if texts.get("scaled") != str(SCALED[family]).lower():
+    if texts.get("scaled") != str(FAMILIES[family].scaled).lower():
         raise UnreadableError(
             f"says scaled = {_shown(texts.get('scaled'))}, which latents of {family} never are. {_AGAIN}"
         )
@@ -433,10 +437,11 @@ def _check_shape(shape: tuple[int, ...], meta: LatentMeta) -> None:
         raise LatentFileError(f"A latent has five axes ({LAYOUT}), none of them empty; got shape {shape}.")
     t, b, c, h, w = shape
     _check_size((b, c, h, w), meta)
-    longest = 1 + TIME * (t - 1)
-    if not max(1, longest - TIME + 1) <= meta.frames <= longest:
+    time = meta.compression.time
+    longest = meta.compression.pixel_frames(t)
+    if not max(1, longest - time + 1) <= meta.frames <= longest:
         raise LatentFileError(
-            f"{t} latent frames make {longest} frames, {TIME - 1} of which may be padding; the video is said to have "
+            f"{t} latent frames make {longest} frames, {time - 1} of which may be padding; the video is said to have "
             f"{meta.frames}."
         )
 
@@ -444,9 +449,10 @@ def _check_shape(shape: tuple[int, ...], meta: LatentMeta) -> None:
 def _check_size(shape: tuple[int, int, int, int], meta: LatentMeta) -> None:
     """shape: b c h w."""
     *_, h, w = shape
-    if not (SPACE * (h - 1) < meta.height <= SPACE * h and SPACE * (w - 1) < meta.width <= SPACE * w):
+    space = meta.compression.space
+    if not (space * (h - 1) < meta.height <= space * h and space * (w - 1) < meta.width <= space * w):
         raise LatentFileError(
-            f"A latent of {w}x{h} makes pictures of {SPACE * w}x{SPACE * h}, up to {SPACE - 1} of each side may be "
+            f"A latent of {w}x{h} makes pictures of {space * w}x{space * h}, up to {space - 1} of each side may be "
             f"padding; the video is said to be {meta.width}x{meta.height}."
         )
 

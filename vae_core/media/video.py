@@ -26,7 +26,7 @@ from av.video.stream import VideoStream
 
 from ..atomic import give_name, hidden, remove
 from ..errors import VideoError
-from ..output import to_uint8
+from ..run.output import to_uint8
 from .audio import AudioTrack, Sound, SoundTrack
 from .pixels import BT709, EXACT, Orientation, ToRGB
 

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..door.codec import VideoVAE
-from ..windows import TIME, pad_stream
+from ..door.vae import VideoVAE
+from ..families import VIDEO
+from ..run.windows import pad_stream
 
 
 class ImageCoder(Protocol):
@@ -52,7 +53,7 @@ def latent_compatibility(vae: VideoVAE, image_vae: ImageCoder, frames: Callable[
     nearest: list[float] = []
     decoded: list[float] = []
     with torch.no_grad():
-        for latent, group in _groups(vae, pad_stream(frames())):
+        for latent, group in _groups(vae, pad_stream(frames(), VIDEO)):
             theirs = image_vae.encode(group)
             if latent.shape != theirs.shape[1:]:
                 raise ValueError(
@@ -86,7 +87,7 @@ def _groups(vae: VideoVAE, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, T
     for piece in vae.encode_stream(kept()):
         for latent in piece[0].unbind(1):
             yield latent, torch.stack([waiting.popleft() for _ in range(count)])
-            count = TIME
+            count = VIDEO.time
 
 
 def _image_to_video(vae: VideoVAE, image_vae: ImageCoder, frames: Callable[[], Iterable[Tensor]]) -> Iterator[float]:
@@ -94,10 +95,10 @@ def _image_to_video(vae: VideoVAE, image_vae: ImageCoder, frames: Callable[[], I
 
     def latents() -> Iterator[Tensor]:
         count = 0
-        for piece in pad_stream(frames()):
+        for piece in pad_stream(frames(), VIDEO):
             for frame in piece[0].unbind(1):
                 waiting.append(frame)
-                if count % TIME == 0:
+                if count % VIDEO.time == 0:
                     yield image_vae.encode(frame[None])[:, :, None]
                 count += 1
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ..windows import TIME
+from ..families import VIDEO
 
 
 def phase_means(values: Sequence[float]) -> list[float]:
@@ -12,8 +12,8 @@ def phase_means(values: Sequence[float]) -> list[float]:
     values: one per frame. Frame 0 has a latent of its own and is left out; frame 1 has position 0, frame 4 position 3.
     """
     means: list[float] = []
-    for position in range(TIME):
-        here = [value for value in values[1 + position :: TIME] if not math.isnan(value)]
+    for position in range(VIDEO.time):
+        here = [value for value in values[1 + position :: VIDEO.time] if not math.isnan(value)]
         means.append(sum(here) / len(here) if here else math.nan)
     return means
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tiles import Grid
-from ..windows import SPACE, TIME
+from ..families import VIDEO
+from ..run.tiling import Overlapping
 from .frames import check_pair
 
 LEAST = 1e-12
@@ -36,7 +36,7 @@ class Borders:
     frames: tuple[int, ...] = ()
 
 
-def tile_borders(grid: Grid, size: tuple[int, int]) -> Borders:
+def tile_borders(grid: Overlapping, size: tuple[int, int]) -> Borders:
     """The borders of tiles of `grid`, in pixels, over a frame of (height, width)."""
     both: list[tuple[tuple[int, int], ...]] = []
     for side in size:
@@ -108,7 +108,7 @@ class SeamMeter:
         error = (reconstruction.detach().float().clamp(-1, 1) - original.float().clamp(-1, 1)) / 2
         frames = error[0].transpose(0, 1).cpu()  # t c h w
         self._add_times(frames)
-        blocks = F.avg_pool2d(frames, SPACE)
+        blocks = F.avg_pool2d(frames, VIDEO.space)
         for dim, borders in ((-1, self.borders.columns), (-2, self.borders.rows)):
             if not borders:
                 continue
@@ -136,14 +136,18 @@ class SeamMeter:
                 continue
             values = self._lines[dim]
             edges = {at - 1 for border in borders for at in border if 0 < at <= len(values)}
-            line.add(values, edges, set(range(SPACE - 1, len(values), SPACE)) - edges)
+            line.add(values, edges, set(range(VIDEO.space - 1, len(values), VIDEO.space)) - edges)
             for lag in {_lag(border) for border in borders}:
                 changes = self._steps[dim, lag]
                 ours = [border for border in borders if _lag(border) == lag]
-                at = {border[0] // SPACE - 1 for border in ours if 0 <= border[0] // SPACE - 1 < len(changes)}
+                at = {
+                    border[0] // VIDEO.space - 1 for border in ours if 0 <= border[0] // VIDEO.space - 1 < len(changes)
+                }
                 step.add(changes, at, _inside(len(changes), lag, borders))
         known = {index for index in self.borders.frames if 0 < index < len(self._times)}
-        alike = {i for i in range(1, len(self._times)) if i not in known and (i - min(known, default=0)) % TIME == 0}
+        alike = {
+            i for i in range(1, len(self._times)) if i not in known and (i - min(known, default=0)) % VIDEO.time == 0
+        }
         time.add(torch.tensor(self._times, dtype=torch.float64), known, alike)
         heat = torch.zeros(0, 0) if self._heat is None else self._heat
         middle = float(heat.median()) if heat.numel() else 0.0
@@ -159,14 +163,14 @@ def _nearest(places: set[int], index: int) -> list[int]:
 
 def _lag(border: tuple[int, int]) -> int:
     """Blocks from the last one before what two tiles share to the first behind it."""
-    return (border[1] - border[0]) // SPACE + 1
+    return (border[1] - border[0]) // VIDEO.space + 1
 
 
 def _inside(count: int, lag: int, borders: Sequence[tuple[int, int]]) -> set[int]:
     """Pairs of blocks (i, i + lag) with no part of a border between or under them."""
     free: set[int] = set()
     for index in range(count):
-        start, stop = (index + 1) * SPACE, (index + lag) * SPACE
+        start, stop = (index + 1) * VIDEO.space, (index + lag) * VIDEO.space
         if all(stop < first or start > last for first, last in borders):
             free.add(index)
     return free

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import VideoError
-from ..windows import SPACE, TIME
+from ..families import VIDEO
 from .clip_decoding import random_clip
 from .clip_files import ClipFile, Kind, Listing, list_clips
 from .data import TrainingDataError
@@ -62,12 +62,14 @@ class BatchKind:
     def __post_init__(self) -> None:
         if self.kind not in ("image", "video"):
             raise ValueError(f"A batch is of images or of videos: kind is image or video, got {self.kind!r}.")
-        if min(self.size) < SPACE or any(side % SPACE for side in self.size):
-            raise ValueError(f"Crops have sides that are multiples of {SPACE}; got size {self.size} (height, width).")
-        if self.frames < 1 or self.frames % TIME != 1 or (self.kind == "image" and self.frames != 1):
+        if min(self.size) < VIDEO.space or any(side % VIDEO.space for side in self.size):
             raise ValueError(
-                f"A clip has 1 + {TIME}N frames (5, 9, 17 ...) and an image has 1; got frames = {self.frames} for "
-                f"kind {self.kind}."
+                f"Crops have sides that are multiples of {VIDEO.space}; got size {self.size} (height, width)."
+            )
+        if self.frames < 1 or self.frames % VIDEO.time != 1 or (self.kind == "image" and self.frames != 1):
+            raise ValueError(
+                f"A clip has 1 + {VIDEO.time}N frames (5, 9, 17 ...) and an image has 1; got frames = {self.frames} "
+                f"for kind {self.kind}."
             )
         if self.batch < 1 or self.weight <= 0:
             raise ValueError(f"A batch has 1 clip or more and a weight above 0; got {self.batch} and {self.weight:g}.")

@@ -1,4 +1,4 @@
-"""What a stage trains: an image VAE or a video VAE behind one interface, and how each is made from a config."""
+"""What a stage trains: a network of some family behind one interface, and how each is made from a config."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import atomic_write
-from ..cv_vae import CVVAE, CVVAEConfig
-from ..door.checkpoints import load, official_state, save
-from ..door.codec import IV_FRAMES, VideoVAE
-from ..iv_vae import IVVAE, IVVAEConfig
-from ..keys import Model, build
-from ..memory import Memory
-from ..windows import rechunk
+from ..door.loading import load, official_state, save
+from ..door.vae import VideoVAE
+from ..families import FAMILIES, Network
+from ..families.cv_vae import CVVAEConfig
+from ..families.image_vae import IMAGE_VAE, OUR_EPS, ImageVAEConfig
+from ..families.iv_vae import IV_VAE, IVVAEConfig
 from .config import ConfigError, ModelConfig, TrainConfig
-from .image_vae import CVAttention, CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
-from .image_weights import CVImageWeights, read_image_vae
-from .inflation import inflate
+from .inflation import IVImageWeights, inflate, read_image_vae
+from .iv_image import IVImageConfig, IVImageVAE
 
 logger = logging.getLogger("cviv_vae.training")
 
@@ -28,9 +26,9 @@ LOGVAR_START = -6.0  # a fresh posterior is narrow, so that the first reconstruc
 
 
 class VideoCoder(nn.Module):
-    """A video VAE in training; clips (b, 3, 1 + 4n, h, w), for CV-VAE of at most 17 frames. Latents are unscaled."""
+    """A network of some family in training; clips (b, 3, t, h, w) of whole latents. Latents are unscaled."""
 
-    def __init__(self, model: Model, *, checkpointing: bool) -> None:
+    def __init__(self, model: Network, *, checkpointing: bool) -> None:
         super().__init__()
         self.model = model
         self.checkpointing = checkpointing
@@ -40,26 +38,18 @@ class VideoCoder(nn.Module):
         return self.model.config.latent_channels
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logvar, each (b, z, 1 + n, h/8, w/8); logvar not clamped."""
-        if isinstance(self.model, CVVAE):
-            return self.model.encode(video, checkpointing=self.checkpointing)
-        memory = Memory()
-        groups = rechunk([video], IV_FRAMES)
-        pairs = [self.model.encode(group, memory, checkpointing=self.checkpointing) for group in groups]
-        return torch.cat([mean for mean, _ in pairs], dim=2), torch.cat([logvar for _, logvar in pairs], dim=2)
+        """Mean and logvar, each (b, z, t', h/8, w/8); logvar not clamped."""
+        return self.model.encode(video, checkpointing=self.checkpointing)
 
     def decode(self, latent: Tensor) -> tuple[Tensor, ...]:
         """The clip that a latent stands for, alone in a tuple."""
-        if isinstance(self.model, CVVAE):
-            return (self.model.decode(latent, checkpointing=self.checkpointing),)
-        memory = Memory()
-        frames = latent.split(1, dim=2)
-        return (torch.cat([self.model.decode(x, memory, checkpointing=self.checkpointing) for x in frames], dim=2),)
+        return (self.model.decode(latent, checkpointing=self.checkpointing),)
 
     @property
     def last_layer(self) -> list[Tensor]:
         """The kernels of the decoder's last convolution, at which the adversarial loss is weighed."""
-        return [p for p in self.model.decoder.conv_out.parameters() if p.ndim > 1]
+        assert self.model.decoder is not None
+        return [p for p in self.model.decoder.conv_out.parameters() if p.ndim > 1]  # type: ignore[union-attr]
 
     @property
     def output_layer(self) -> str:
@@ -71,10 +61,10 @@ class VideoCoder(nn.Module):
         save(VideoVAE(self.model), path)
 
 
-class ImageCoder(nn.Module):
-    """An image VAE in training; clips of one frame (b, 3, 1, h, w)."""
+class HalvesCoder(nn.Module):
+    """The image VAE in IV-VAE's layout in training; clips of one frame (b, 3, 1, h, w)."""
 
-    def __init__(self, model: CVImageVAE | IVImageVAE) -> None:
+    def __init__(self, model: IVImageVAE) -> None:
         super().__init__()
         self.model = model
 
@@ -94,13 +84,12 @@ class ImageCoder(nn.Module):
     @property
     def last_layer(self) -> list[Tensor]:
         """The kernel of the decoder's last convolution, at which the adversarial loss is weighed."""
-        decoder = self.model.decoder if isinstance(self.model, CVImageVAE) else self.model
-        return [decoder.conv_out.weight]
+        return [self.model.conv_out.weight]
 
     @property
     def output_layer(self) -> str:
         """How the names of the decoder's last convolution begin."""
-        return "model.decoder.conv_out." if isinstance(self.model, CVImageVAE) else "model.conv_out."
+        return "model.conv_out."
 
     def save(self, path: Path) -> None:
         """Write the weights under the names that inflation reads; complete or not there at all."""
@@ -109,24 +98,24 @@ class ImageCoder(nn.Module):
             safetensors.torch.save_file(state, part, metadata={"format": "pt"})
 
 
-Coder = VideoCoder | ImageCoder
+Coder = VideoCoder | HalvesCoder
 
 
 class FrameByFrame(nn.Module):
-    """A video VAE as an image VAE: every picture is a video of one frame."""
+    """A network of some family as an image VAE: every picture is a video of one frame."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
-        self.coder = VideoCoder(model, checkpointing=False)
+        self.model = model
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(n, 3, h, w) to mean and logvar, each (n, z, h/8, w/8)."""
-        mean, logvar = self.coder.moments(image[:, :, None])
+        mean, logvar = self.model.encode(image[:, :, None])
         return mean[:, :, 0], logvar[:, :, 0]
 
     def decode(self, latent: Tensor) -> tuple[Tensor, ...]:
         """(n, z, h/8, w/8) to pictures (n, 3, h, w)."""
-        return tuple(frame[:, :, 0] for frame in self.coder.decode(latent[:, :, None]))
+        return (self.model.decode(latent[:, :, None])[:, :, 0],)
 
 
 # ------------------------------------------------------------------------------------------------------ making
@@ -139,20 +128,21 @@ def make_coder(config: TrainConfig) -> Coder:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if config.stage == "image":
-            coder: Coder = ImageCoder(_image_model(config.model))
-        else:
-            coder = VideoCoder(_video_model(config.model), checkpointing=config.run.checkpointing)
-    return coder.train().requires_grad_(True)
+        make = _image_coder if config.stage == "image" else _video_coder
+        return make(config.model, config.run.checkpointing).train().requires_grad_(True)
 
 
-def _video_model(config: ModelConfig) -> Model:
+def _video_coder(config: ModelConfig, checkpointing: bool) -> Coder:
+    return VideoCoder(_video_network(config), checkpointing=checkpointing)
+
+
+def _video_network(config: ModelConfig) -> Network:
     if config.init == "fresh":
-        model = build(video_config(config))
-        _narrow_posterior(model)
-        return model
-    is_iv = config.family == "iv-vae"
-    scale, shift = (config.scale_factor, config.shift_factor) if is_iv else (None, None)
+        network = FAMILIES[config.family].network(video_config(config))
+        _narrow_posterior(network)
+        return network
+    scaled = FAMILIES[config.family].scaled
+    scale, shift = (config.scale_factor, config.shift_factor) if scaled else (None, None)
     if config.init == "inflate":
         found = inflate(config.weights, config.family)
         for note in found.notes:
@@ -167,7 +157,7 @@ def _video_model(config: ModelConfig) -> Model:
 def video_config(config: ModelConfig) -> CVVAEConfig | IVVAEConfig:
     """The size of a fresh video VAE."""
     assert config.latent_channels is not None
-    if config.family == "iv-vae":
+    if FAMILIES[config.family] is IV_VAE:
         assert config.dim is not None
         return IVVAEConfig(
             dim=config.dim,
@@ -187,65 +177,60 @@ def video_config(config: ModelConfig) -> CVVAEConfig | IVVAEConfig:
 
 
 @torch.no_grad()
-def _narrow_posterior(model: Model | CVImageVAE | IVImageVAE) -> None:
-    """Let the log-variances of a fresh model begin at LOGVAR_START."""
-    if isinstance(model, IVVAE):
-        for name, bias in model.to_moments.named_parameters():
-            if name.endswith(".bias"):
-                bias.chunk(2)[1].fill_(LOGVAR_START)
-        return
-    bias = model.to_moments.bias if isinstance(model, IVImageVAE) else model.encoder.conv_out.bias
-    assert bias is not None
-    for half in bias.chunk(model.config.halves if isinstance(model, IVImageVAE) else 1):
-        half.chunk(2)[1].fill_(LOGVAR_START)
+def _narrow_posterior(network: Network | IVImageVAE) -> None:
+    """Let the log-variances of a fresh network begin at LOGVAR_START."""
+    last = network.to_moments if hasattr(network, "to_moments") else network.encoder.conv_out  # type: ignore[union-attr]
+    halves = network.config.halves if isinstance(network, IVImageVAE) else 1
+    assert isinstance(last, nn.Module)
+    for name, bias in last.named_parameters():
+        if name.endswith("bias"):
+            for half in bias.chunk(halves):
+                half.chunk(2)[1].fill_(LOGVAR_START)
 
 
-def _image_model(config: ModelConfig) -> CVImageVAE | IVImageVAE:
+def _image_coder(config: ModelConfig, checkpointing: bool) -> Coder:
+    halves = FAMILIES[config.family] is IV_VAE
     if config.init == "weights":
         model = read_image_model(config.weights[0])
-        if isinstance(model, IVImageVAE) != (config.family == "iv-vae"):
+        if isinstance(model, IVImageVAE) != halves:
             raise ConfigError(f"model.weights is no image VAE of {config.family}: {config.weights[0]}.")
-        return model
-    assert config.latent_channels is not None
-    if config.family == "iv-vae":
+    elif halves:
+        assert config.latent_channels is not None
         assert config.dim is not None
         model = IVImageVAE(
             IVImageConfig(dim=config.dim, latent_channels=config.latent_channels, halves=config.halves or 1)
         )
+        _narrow_posterior(model)
     elif config.family == "cv-vae":
+        assert config.latent_channels is not None
         assert config.widths is not None
         assert config.blocks_per_level is not None
-        model = CVImageVAE(
-            CVImageConfig(
-                widths=config.widths, blocks_per_level=config.blocks_per_level, latent_channels=config.latent_channels
-            )
+        # without attention in the decoder, which inflation could pass on only in part
+        size = ImageVAEConfig(
+            widths=config.widths,
+            blocks_per_level=config.blocks_per_level,
+            latent_channels=config.latent_channels,
+            quantized=(False, False),
+            decoder_attention=False,
+            norm_eps=OUR_EPS,
+            scale_factor=1.0,
+            shift_factor=0.0,
         )
+        model = IMAGE_VAE.network(size)
+        _narrow_posterior(model)
     else:
         raise ConfigError("The image stage trains cv-vae or iv-vae; for cv-vae-sd3, inflate the VAE of SD3 instead.")
-    _narrow_posterior(model)
-    return model
+    return HalvesCoder(model) if isinstance(model, IVImageVAE) else VideoCoder(model, checkpointing=checkpointing)
 
 
-def read_image_model(source: str) -> CVImageVAE | IVImageVAE:
+def read_image_model(source: str) -> Network | IVImageVAE:
     """The image VAE of a file or folder, as a network: Stable Diffusion's, SD3's, or one that stage "image" wrote.
 
     Raises InflationError for anything else, CheckpointError where the file cannot be read.
     """
     weights = read_image_vae(source)
-    if not isinstance(weights, CVImageWeights):
-        iv_model = IVImageVAE(weights.config)
-        iv_model.load_state_dict(weights.tensors)
-        return iv_model
-    config = weights.config
-    model = CVImageVAE(
-        CVImageConfig(
-            widths=config.widths, blocks_per_level=config.blocks_per_level, latent_channels=config.latent_channels
-        )
-    )
-    if "decoder.mid.attn_1.q.weight" in weights.tensors:  # Stable Diffusion's have it, ours do not
-        model.decoder.mid.attn_1 = CVAttention(config.widths[-1])
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.eps = weights.norm_eps
-    model.load_state_dict(weights.tensors)
-    return model
+    if isinstance(weights, IVImageWeights):
+        model = IVImageVAE(weights.config)
+        model.load_state_dict(weights.tensors)
+        return model
+    return load(source).model

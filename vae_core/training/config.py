@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from ..iv_layers import PUBLISHED, IVParts, TemporalConv
-from ..windows import SPACE, latent_frames, pixel_frames
+from ..families import VIDEO
+from ..families.iv_vae import PUBLISHED, IVParts, TemporalConv
 from .clips import BatchKind
 from .losses import Distance
 from .regularization import Mapping as FrameMapping
@@ -269,9 +269,9 @@ class TrainConfig:
 def check_clip(frames: int, size: tuple[int, int]) -> None:
     """Raise ValueError unless there are 1 + 4N frames and both sides are multiples of 8."""
     if (
-        frames != pixel_frames(latent_frames(frames))
+        frames != VIDEO.pixel_frames(VIDEO.latent_frames(frames))
         or frames < 1
-        or any(side < SPACE or side % SPACE for side in size)
+        or any(side < VIDEO.space or side % VIDEO.space for side in size)
     ):
         raise ValueError(
             f"clips of {frames} frames of {size[0]} x {size[1]} cannot be encoded: use 1, 5, 9, 13 or 17 frames and "

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..windows import SPACE, latent_frames
+from ..families import VIDEO
 from .regularization import draw_frames
 
 _NOISE = 1
@@ -33,11 +33,11 @@ class Draws:
 def draw(shape: tuple[int, ...], latent_channels: int, *, seed: int, index: int, first: int) -> Draws:
     """The draws for clips of `shape` (b, 3, t, h, w): those of numbers `first`, `first` + 1, ... in batch `index`."""
     b, _, t, h, w = shape
-    length = latent_frames(t)
+    length = VIDEO.latent_frames(t)
     noise: list[Tensor] = []
     frames: list[Tensor] = []
     for number in range(first, first + b):
         generator = generator_for(seed, _NOISE, index, number)
-        noise.append(torch.randn(latent_channels, length, h // SPACE, w // SPACE, generator=generator))
+        noise.append(torch.randn(latent_channels, length, h // VIDEO.space, w // VIDEO.space, generator=generator))
         frames.append(draw_frames(length - 1, generator))
     return Draws(noise=torch.stack(noise), frames=torch.stack(frames))

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from ..door.checkpoints import load
-from ..door.codec import VideoVAE
+from ..door.loading import load
+from ..door.vae import VideoVAE
 from ..media.video import read_frames
 from ..metrics import frame_quality
 

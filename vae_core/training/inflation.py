@@ -9,24 +9,128 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..cv_vae import CVVAE, CVVAEConfig
-from ..door.checkpoints import load, official_state
-from ..door.codec import VideoVAE
-from ..iv_vae import IVVAE, IVVAEConfig
-from ..keys import key_map, official
-from ..weights.detect import Family
-from .image_weights import OUR_EPS, CVImageWeights, InflationError, IVImageWeights, Weights, read_image_vae
+from ..door.loading import DEMO_WEIGHTS, load, official_state
+from ..door.vae import VideoVAE
+from ..errors import CheckpointError
+from ..families import FAMILIES
+from ..families.cv_vae import CV_VAE, CV_VAE_SD3, CVVAEConfig
+from ..families.image_vae import IMAGE_VAE, OUR_EPS
+from ..families.iv_vae import IV_VAE, IVVAEConfig
+from ..weights.files import read_weights, strip_foreign
+from .iv_image import InflationError, IVImageConfig, Weights, inflate_iv, join_halves
 
 _DROPPED = 3  # directions of an attention's output that `_through_time` cannot pass
 _HEADROOM = 256.0  # how far its constant pair stands above what it passes: the error is 1 / (2 * _HEADROOM)^2
 _PAIR_LIMIT = 2.0**15  # of the pair, for float16
+_REMEDY = "Give the VAE of Stable Diffusion 1.x, 2.x or 3 (a file or a diffusers folder), or an image VAE trained here."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CVImageWeights:
+    """An image VAE of the Stable Diffusion kind, without quant convolutions.
+
+    tensors: in the spelling of Stable Diffusion's single files (`decoder.mid.attn_1.q.weight`), 2-D kernels. config: of
+    the CV-VAE that it becomes. norm_eps: of its group norms. border_bias: size of what folding the convolution before
+    the decoder changed at the border of a latent, 0 where nothing (see `read_image_vae`).
+    """
+
+    tensors: dict[str, Tensor]
+    config: CVVAEConfig
+    norm_eps: float
+    border_bias: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class IVImageWeights:
+    """An `IVImageVAE` of one half or of two."""
+
+    tensors: dict[str, Tensor]
+    config: IVImageConfig
+
+
+def read_image_vae(source: str | Path | Weights) -> CVImageWeights | IVImageWeights:
+    """The image VAE of a file, a diffusers folder or a state dict; what it is follows from names and shapes.
+
+    Read is what `load` takes for the family image-vae, "demo-image-vae" among it, and an `IVImageVAE`. The 1x1
+    convolutions at the latent (`quant_conv`, `post_quant_conv`) are folded into their neighbours, in float64. Only one
+    thing is not the same after that: at the border the decoder's first kernel meets zeros outside of the latent, where
+    it met no bias before and now acts as if it had.
+    Raises InflationError where it is something else, or incomplete; CheckpointError where the file cannot be read.
+    """
+    if isinstance(source, Mapping):
+        origin, tensors = "The state dict", dict(source)
+    else:
+        origin, tensors = str(source), read_weights(DEMO_WEIGHTS.get(str(source), Path(source))).tensors
+    tensors = strip_foreign(tensors)
+    if "encoder_middle.1.to_qkv.0.weight" in tensors:
+        floats = {name: tensor.float() for name, tensor in tensors.items()}
+        return IVImageWeights(tensors=floats, config=_iv_config(floats, origin))
+    try:
+        vae = load(source)
+    except CheckpointError as error:
+        raise InflationError(f"{origin} holds no image VAE that can become a CV-VAE. {error} {_REMEDY}") from error
+    config = vae.model.config
+    if vae.model.family is not IMAGE_VAE:
+        raise InflationError(
+            f"{origin} holds no image VAE that can become a CV-VAE. It is a video VAE already ({vae.family}). {_REMEDY}"
+        )
+    if len(vae.model.halves) < 2:
+        raise InflationError(
+            f"{origin} can only {' and '.join(vae.model.halves)}, and both halves are needed. {_REMEDY}"
+        )
+    state = {name: tensor.float() for name, tensor in official_state(vae.model).items()}
+    return CVImageWeights(
+        border_bias=_fold_quant(state),
+        tensors=state,
+        config=CVVAEConfig(
+            widths=config.widths,
+            blocks_per_level=config.blocks_per_level,
+            latent_channels=config.latent_channels,
+            sd3=False,
+        ),
+        norm_eps=config.norm_eps,
+    )
+
+
+def _iv_config(tensors: Weights, origin: str) -> IVImageConfig:
+    halves = 2 if "encoder_middle.1.to_qkv.1.weight" in tensors else 1
+    try:
+        dim, z = tensors["conv_in.weight"].shape[0] // halves, tensors["from_latent.weight"].shape[0]
+    except KeyError as error:
+        raise InflationError(f"{origin} looks like an IVImageVAE, but {error} is missing. {_REMEDY}") from error
+    return IVImageConfig(dim=dim, latent_channels=z, halves=halves)
+
+
+def _fold_quant(tensors: dict[str, Tensor]) -> float:
+    """Fold the 1x1 convolutions at the latent, in place; returns the size of the bias that the border feels."""
+    if "quant_conv.weight" in tensors:
+        outer, bias = tensors.pop("quant_conv.weight").double().flatten(1), tensors.pop("quant_conv.bias").double()
+        _change(tensors, "encoder.conv_out.weight", lambda w: torch.einsum("om,mihw->oihw", outer, w))
+        _change(tensors, "encoder.conv_out.bias", lambda b: outer @ b + bias)
+    if "post_quant_conv.weight" not in tensors:
+        return 0.0
+    inner, bias = (
+        tensors.pop("post_quant_conv.weight").double().flatten(1),
+        tensors.pop("post_quant_conv.bias").double(),
+    )
+    felt = torch.einsum("omhw,m->o", tensors["decoder.conv_in.weight"].double(), bias)
+    _change(tensors, "decoder.conv_in.bias", lambda b: b + felt)
+    _change(tensors, "decoder.conv_in.weight", lambda w: torch.einsum("omhw,mi->oihw", w, inner))
+    return float(felt.abs().max())
+
+
+def _change(tensors: dict[str, Tensor], name: str, change: Callable[[Tensor], Tensor]) -> None:
+    tensors[name] = change(tensors[name].double()).float()
+
+
+# ------------------------------------------------------------------------------------------------------- making
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +141,7 @@ class Inflated:
     notes: tuple[str, ...]
 
 
-def inflate(sources: Sequence[str | Path | Weights], family: Family | None = None) -> Inflated:
+def inflate(sources: Sequence[str | Path | Weights], family: str | None = None) -> Inflated:
     """The video VAE of one image VAE, or, for IV-VAE, of one or of two of z/2 channels.
 
     sources: files, folders or state dicts, see `read_image_vae`. family: None is `cv-vae` for the Stable Diffusion
@@ -49,9 +153,10 @@ def inflate(sources: Sequence[str | Path | Weights], family: Family | None = Non
     iv = [image for image in images if isinstance(image, IVImageWeights)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if len(cv) == 1 and not iv and family != "iv-vae":
-            return _inflated_cv(cv[0], sd3=family == "cv-vae-sd3")
-        if iv and not cv and family in (None, "iv-vae"):
+        chosen = FAMILIES.get(family or "")
+        if len(cv) == 1 and not iv and chosen in (None, CV_VAE, CV_VAE_SD3):
+            return _inflated_cv(cv[0], sd3=chosen is CV_VAE_SD3)
+        if iv and not cv and chosen in (None, IV_VAE):
             return _inflated_iv(iv)
     kinds = ", ".join("of the Stable Diffusion kind" if isinstance(image, CVImageWeights) else "an IVImageVAE"
                       for image in images)  # fmt: skip
@@ -113,10 +218,11 @@ def inflate_cv(image: Weights, config: CVVAEConfig, *, norm_eps: float = OUR_EPS
     whose layers halve the picture around other pixels, their kernels are moved as far as they go.
     Raises InflationError when a tensor is missing or does not fit.
     """
-    model = CVVAE(config)
+    family = CV_VAE_SD3 if config.sd3 else CV_VAE
+    model = family.network(config)
     state = official_state(model)
     # an image VAE's names are those of cv-vae
-    names = {theirs: official(ours, shape, "cv-vae")[0] for ours, (theirs, shape) in _own_names(model).items()}
+    names = {theirs: CV_VAE.official(config, ours, ())[0] for ours, (theirs, _) in family.key_map(model).items()}
     scale = math.sqrt(config.norm_eps / norm_eps)
     attention = "decoder.mid.attn_1.proj_out.weight" in image
     for name, target in state.items():
@@ -136,12 +242,6 @@ def inflate_cv(image: Weights, config: CVVAEConfig, *, norm_eps: float = OUR_EPS
     if attention and not config.sd3:
         state |= _through_time(image, config, scale)
     return state
-
-
-def _own_names(model: CVVAE) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our name -> official name, our shape."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return {ours: (theirs, shapes[ours]) for ours, (theirs, _) in key_map(model).items()}
 
 
 def _is_seen_by_a_norm(name: str) -> bool:
@@ -228,123 +328,3 @@ def _spread_over_time(source: Tensor, target: Tensor, name: str) -> Tensor:
     inflated = torch.zeros_like(target)
     inflated[:, :, tap] = repeated
     return inflated
-
-
-# ---------------------------------------------------------------------------------------------------------- IV-VAE
-
-# our name in the video VAE -> name in the image VAE, up to the half
-_IV_RULES = (
-    (r"^encoder\.conv_in\.", "conv_in."),
-    (r"^encoder\.stages\.", "encoder."),
-    (r"^encoder\.middle\.", "encoder_middle."),
-    (r"^encoder\.norm_out\.", "encoder_norm."),
-    (r"^encoder\.pac\.", "head."),
-    (r"^decoder\.conv_in\.", "conv_latent."),
-    (r"^decoder\.stages\.", "decoder."),
-    (r"^decoder\.middle\.", "decoder_middle."),
-    (r"^decoder\.norm_out\.", "decoder_norm."),
-    (r"^decoder\.conv_out\.", "conv_out."),
-    (r"\.conv\.(weight|bias)$", r".\1"),  # the purely 2-D stages
-)
-
-
-def join_halves(first: Weights, second: Weights) -> dict[str, Tensor]:
-    """Two image VAEs of z/2 channels (`IVImageVAE`, one half) side by side, as one of two halves.
-
-    Kernels from one half to the other are zero, so each half still computes what it did alone. One image VAE may be
-    given twice. Raises InflationError when the two differ in names or shapes.
-    """
-    if {name: t.shape for name, t in first.items()} != {name: t.shape for name, t in second.items()}:
-        raise InflationError(
-            "The two image VAEs that are to become the halves of an IV-VAE differ in names or shapes: train both with "
-            "the same dim and number of latent channels, or give the same one twice."
-        )
-    joined: dict[str, Tensor] = {}
-    for name, a in first.items():
-        b = second[name]
-        per_half = re.match(r"(.*\.(?:to_qkv|proj|conv))\.0\.(weight|bias)$", name)
-        if per_half:  # attention and the changes of resolution: one layer per half
-            joined[f"{per_half[1]}.0.{per_half[2]}"], joined[f"{per_half[1]}.1.{per_half[2]}"] = a, b
-        elif a.ndim != 4 or name == "conv_in.weight":  # biases, norms, and kernels that read the picture
-            joined[name] = torch.cat((a, b))
-        elif name == "head.merge.weight":  # it reads, of every branch, both halves
-            parts = [half.unflatten(1, (-1, half.shape[0])) for half in (a, b)]
-            joined[name] = _block_diagonal(parts[0], parts[1], dim=2).flatten(1, 2)
-        else:
-            joined[name] = _block_diagonal(a, b, dim=1)
-    return joined
-
-
-def _block_diagonal(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """[[a, 0], [0, b]], with the columns along `dim`."""
-    zeros = torch.zeros_like(a)
-    return torch.cat((torch.cat((a, zeros), dim), torch.cat((zeros, b), dim)))
-
-
-def inflate_iv(image: Weights, config: IVVAEConfig) -> dict[str, Tensor]:
-    """Official weights of an IV-VAE from an `IVImageVAE` of two halves: keyframe temporal compression initialisation.
-
-    The first half becomes the 2-D branch, the second the 3-D branch, its kernels at the centre tap. The time
-    convolutions pass still video: the encoder's takes the mean of two frames, the decoder's repeats. On still frames
-    the keyframes (frame 0 and the first of every group of four) come out as the first half gives them, the other
-    frames as the second does. Raises InflationError when a tensor is missing or does not fit.
-    """
-    model = IVVAE(config)
-    names = {ours: theirs for ours, (theirs, _) in key_map(model).items()}
-    state: dict[str, Tensor] = {}
-    for name, target in model.state_dict().items():
-        value = _identity_over_time(name, target) if ".time_conv." in name else _from_halves(image, name, target)
-        if value.shape != target.shape:
-            raise InflationError(
-                f"The image VAE's weights for {names[name]} have shape {tuple(value.shape)}, which does not fit the "
-                f"video VAE's {tuple(target.shape)}: dim and latent channels must be the same."
-            )
-        state[names[name]] = value
-    return state
-
-
-def _identity_over_time(name: str, target: Tensor) -> Tensor:
-    """Of a time convolution: (c, c, 2, 1, 1) that averages two frames, or (2c, c, 1, 1, 1) that repeats one."""
-    if name.endswith(".bias"):
-        return torch.zeros_like(target)
-    width, taps = target.shape[1], target.shape[2]
-    identity = torch.eye(width).repeat(target.shape[0] // width, 1)
-    return (identity / taps)[:, :, None, None, None].expand_as(target).clone()
-
-
-def _from_halves(image: Weights, name: str, target: Tensor) -> Tensor:
-    """The value of our tensor `name`, from the image VAE of two halves."""
-    is_time = "_3d." in name  # of the second half; "_2d." of the first; neither: of both
-    half = 1 if is_time else 0
-    source = re.sub(r"(attention|conv)_[23]d\.", lambda m: f"{m[1]}_?.", name)
-    for ours, theirs in _IV_RULES:
-        source = re.sub(ours, theirs, source)
-    resample = source.replace("conv_?.", f"conv.{half}.")
-    if resample != source and resample in image:  # changes of resolution
-        return image[resample].to(target.dtype)
-    if "attention_?." in source:
-        source = source.replace("attention_?.", "")
-        source = re.sub(r"(to_qkv|proj)\.", rf"\1.{half}.", source)
-        value = _tensor(image, source, name)
-        return (value.chunk(2)[half] if source.endswith(".gamma") else value).to(target.dtype)
-    value = _tensor(image, source.replace("conv_?.", ""), name)
-    if source == "head.merge.weight":  # the video VAE reads all first halves, then all second halves
-        value = value.unflatten(1, (-1, 2, value.shape[0] // 2)).transpose(1, 2).flatten(1, 3)
-    if "_?." in source:
-        value = value.chunk(2)[half]
-    if name.endswith(".gamma"):
-        value = value.reshape(target.shape)
-    if target.ndim == 5 and value.ndim == 4:
-        inflated = torch.zeros_like(target)
-        inflated[:, :, target.shape[2] // 2] = value
-        return inflated
-    return value.to(target.dtype)
-
-
-def _tensor(image: Weights, source: str, name: str) -> Tensor:
-    if source not in image:
-        raise InflationError(
-            f"The image VAE has no {source}, from which {name} is made; give the weights of an IVImageVAE of two "
-            "halves (join_halves makes one of two image VAEs)."
-        )
-    return image[source]

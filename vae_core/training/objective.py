@@ -14,7 +14,7 @@ from .coders import Coder, VideoCoder
 from .config import LossConfig, RegularizationConfig
 from .discriminator import PatchDiscriminator
 from .draws import Draws
-from .image_vae import ImageVAE
+from .frozen import ImageVAE
 from .losses import adaptive_weight, draw_posterior, kl_divergence, likelihood, lpips_frames, pixel_distance
 from .regularization import decoded_frames, encoded_frames, map_frames, mapped_latent
 

@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..windows import TIME
-from .image_vae import ImageVAE
+from ..families import VIDEO
+from .frozen import ImageVAE
 
 Mapping = Literal["first", "slice", "average", "random"]
 MAPPINGS: tuple[Mapping, ...] = ("first", "slice", "average", "random")
@@ -28,9 +28,9 @@ def map_frames(video: Tensor, mapping: Mapping, draws: Tensor | None = None) -> 
     """
     if mapping == "first" or video.shape[2] == 1:
         return video[:, :, :1]
-    groups = rearrange(video[:, :, 1:], "b c (n k) h w -> b c n k h w", k=TIME)
+    groups = rearrange(video[:, :, 1:], "b c (n k) h w -> b c n k h w", k=VIDEO.time)
     if mapping == "slice":
-        later = groups[:, :, :, TIME - 1]
+        later = groups[:, :, :, VIDEO.time - 1]
     elif mapping == "average":
         later = groups.mean(dim=3)
     else:
@@ -42,7 +42,7 @@ def map_frames(video: Tensor, mapping: Mapping, draws: Tensor | None = None) -> 
 
 def draw_frames(groups: int, generator: torch.Generator) -> Tensor:
     """For one clip, which frame of each of its `groups` the random mapping takes: (groups,)."""
-    return torch.randint(TIME, (groups,), generator=generator)
+    return torch.randint(VIDEO.time, (groups,), generator=generator)
 
 
 def mapped_latent(latent: Tensor, mapping: Mapping) -> Tensor:

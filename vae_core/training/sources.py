@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from ..door.checkpoints import DEMO_IMAGE_WEIGHTS, DEMO_WEIGHTS, load
-from ..weights.detect import family_of
+from pathlib import Path
+
+from ..door.loading import DEMO_WEIGHTS, load
+from ..families import family_of
+from ..families.image_vae import IMAGE_VAE
 from ..weights.files import read_weights, strip_foreign
 from .camera_moves import CameraMoves
 from .clips import ClipBatches
 from .coders import FrameByFrame, read_image_model
 from .config import TrainConfig
-from .image_vae import CVImageVAE, IVImageVAE
+from .iv_image import IVImageVAE
 
-FrozenImageVAE = CVImageVAE | IVImageVAE | FrameByFrame
+FrozenImageVAE = IVImageVAE | FrameByFrame
 
 
 def open_batches(config: TrainConfig, rank: int, world: int) -> ClipBatches | CameraMoves:
@@ -31,7 +34,8 @@ def frozen_image_vae(source: str) -> FrozenImageVAE:
     Weights of a video VAE, or demo-cv-vae and demo-iv-vae, are used frame by frame: an inflated VAE is its image VAE.
     Raises InflationError for anything else, CheckpointError where the file cannot be read.
     """
-    path = {**DEMO_WEIGHTS, **DEMO_IMAGE_WEIGHTS}.get(source, source)
-    shapes = {name: tuple(t.shape) for name, t in strip_foreign(read_weights(path).tensors).items()}
-    model: FrozenImageVAE = FrameByFrame(load(path).model) if family_of(shapes) else read_image_model(source)
+    path = DEMO_WEIGHTS.get(source, Path(source))
+    family = family_of({name: tuple(t.shape) for name, t in strip_foreign(read_weights(path).tensors).items()})
+    found = read_image_model(source) if family in (None, IMAGE_VAE) else load(source).model
+    model: FrozenImageVAE = found if isinstance(found, IVImageVAE) else FrameByFrame(found)
     return model.eval().requires_grad_(False)

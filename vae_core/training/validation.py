@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..door.checkpoints import DEMO_FOLDER
+from ..door.loading import DEMO_FOLDER
 from ..metrics import LPIPS, frame_quality
 from .clips import BatchKind, ClipBatches
 from .coders import Coder
 from .config import ValidationConfig
-from .image_vae import ImageVAE
+from .frozen import ImageVAE
 from .journal import sample_grid
 from .losses import kl_divergence
 from .regularization import decoded_frames, map_frames

@@ -1,41 +1,12 @@
-"""Which family a state dict belongs to, by names and shapes, and what a foreign one seems to be."""
+"""What a state dict that is of none of our families seems to be, by names and shapes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Family = Literal["cv-vae", "cv-vae-sd3", "iv-vae"]
 Shapes = Mapping[str, tuple[int, ...]]
-
-# name -> rank of its tensor; all names of a line must be there. The rank tells them from the image VAEs whose names
-# CV-VAE inherited, `norm1.weight` and the 4-D `conv2` from the diffusers form of Wan's VAE.
-_TELL_TALES: tuple[tuple[Family, dict[str, int]], ...] = (
-    (
-        "cv-vae",
-        {
-            "decoder.conv_in.weight": 5,
-            "encoder.down.0.block.0.conv1.weight": 5,
-            "encoder.down.0.block.0.conv2.weight": 4,
-        },
-    ),
-    (
-        "cv-vae-sd3",
-        {
-            "decoder.conv_in.weight": 5,
-            "decoder.up_blocks.0.resnets.0.norm1.weight": 1,
-            "decoder.up_blocks.0.resnets.0.conv1.weight": 5,
-            "decoder.up_blocks.0.resnets.0.conv2.weight": 4,
-        },
-    ),
-    ("iv-vae", {"encoder.conv1.conv_2d.weight": 4, "encoder.head.2.PAC_0.conv.weight": 4}),
-    # with other parts than the published ones
-    ("iv-vae", {"encoder.conv1.conv_3d.weight": 5, "encoder.head.2.conv.weight": 4}),
-    ("iv-vae", {"encoder.conv1.conv_3d.weight": 5, "encoder.head.2.PAC_0.conv.weight": 4}),
-    ("iv-vae", {"encoder.conv1.conv_3d.causal.weight": 5, "encoder.head.2.conv.weight": 4}),
-    ("iv-vae", {"encoder.conv1.conv_3d.causal.weight": 5, "encoder.head.2.PAC_0.conv.weight": 4}),
-)
 
 _SD15 = "Give the CV-VAE file made for the same latents (family cv-vae, z 4)."
 _SD3 = "Give the CV-VAE file made for SD3 latents (family cv-vae-sd3, z 16)."
@@ -51,15 +22,6 @@ class _Kind(NamedTuple):
     what: str
     is_it: Callable[[Shapes], bool]
     remedy: str
-
-
-def family_of(shapes: Shapes) -> Family | None:
-    """The family whose tell-tale names are all in `shapes`, with the right number of axes, none empty; or None."""
-    for family, tell_tales in _TELL_TALES:
-        found = {name: shapes.get(name, ()) for name in tell_tales}
-        if all(len(shape) == tell_tales[name] and 0 not in shape for name, shape in found.items()):
-            return family
-    return None
 
 
 def describe_foreign(shapes: Shapes) -> str:

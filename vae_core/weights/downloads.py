@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..atomic import give_name
-from ..door.checkpoints import load
+from ..door.loading import load
 from ..errors import CheckpointError
 
 MODELSCOPE = "https://www.modelscope.cn/models"

@@ -38,6 +38,8 @@ FOREIGN = (
 # The last part of a name by which our families are found under a prefix.
 _TELL_TALES = (
     "decoder.conv_in.weight",
+    "encoder.conv_in.weight",
+    "decoder.conv1.conv.weight",
     "encoder.conv1.conv_2d.weight",
     "encoder.conv1.conv_3d.weight",
     "encoder.conv1.conv_3d.causal.weight",

@@ -1,0 +1,385 @@
+"""`VideoVAE`: encoding and decoding of whole clips and of streams, with any family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families import Compression, Direction, Network
+from ..plan.planner import Budget, Plan, choose, describe, device_bytes, smaller
+from ..plan.prediction import Task
+from ..run.executor import Pass
+from ..run.output import collect, host_frames, trimmed
+from ..run.stream import Recover, run_chunks
+from ..run.tiling import AnyPlan, TilePlan
+from ..run.windows import check_whole, pad_stream, rechunk, whole_stream
+from .checks import check_clip, check_frames, checked, checked_bytes, size_checked
+from .info import VAEInfo
+
+Progress = Callable[[int, int], None]
+VIDEO, LATENT = ("video", "frames in [-1, 1]"), ("latent", "unit-scale values")
+
+
+class VideoVAE:
+    """A VAE for video: a network of some family, and the way clips of any length go through it.
+
+    Pixels are RGB in [-1, 1], (b, 3, t, h, w); latents are (b, z, t', h', w'): of CV-VAE and IV-VAE 1 + N for 1 + 4N
+    frames, of image VAEs one for each frame, each of 8x8 pixels. Latents of IV-VAE are scaled by the VAE itself,
+    others are not. Results have the model's dtype and lie on the device of the input; pixels are not clamped. No graph
+    is built unless the input or the model requires gradients.
+    """
+
+    def __init__(self, model: Network) -> None:
+        self.model = model
+        self._compiled: Callable[..., Any] | None = None
+
+    @property
+    def family(self) -> str:
+        """The family's id: "cv-vae", "cv-vae-sd3", "iv-vae" or "image-vae"."""
+        return self.model.family.id
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def info(self) -> VAEInfo:
+        """Family, compression, scaling and safe dtypes."""
+        return VAEInfo.of(self.model)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VideoVAE:
+        """Move the weights, in place; returns self."""
+        self.model.to(device=device, dtype=dtype)
+        return self
+
+    # ---------------------------------------------------------------------------------------------- encoding
+
+    def encode(
+        self,
+        video: Tensor,
+        *,
+        pad: bool = False,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Latent of a whole clip: the posterior mean, or a draw from the posterior with `sample`.
+
+        video: (b, 3, t, h, w) in [-1, 1] with t = 1 + 4N (any t for image VAEs) and h, w multiples of 8; with `pad`,
+        any t, h, w: the last frame and the right and bottom edge are repeated, and `decode(..., frames=t, size=(h, w))`
+        gives back what went in. generator: makes the draw repeatable. plan, recover: how to run and what to do when
+        memory runs out, as in `decode`. progress: called with (latents done, latents in all) after every chunk.
+        Returns (b, z, t', h', w'). Raises ValueError for a wrong shape or dtype, or weights without an encoder.
+        """
+        self._check_video(video, pad=pad)
+        stream = self.encode_stream([video], pad=pad, sample=sample, generator=generator, plan=plan, recover=recover)
+        return collect(stream, self._compression.latent_frames(video.shape[2]), dim=2, progress=progress)
+
+    def moments(
+        self, video: Tensor, *, pad: bool = False, plan: AnyPlan = None, recover: Recover | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(mean, logvar) of the posterior of a whole clip, each (b, z, t', h', w'), unscaled, logvar not clamped.
+
+        Arguments and errors as in `encode`.
+        """
+        self._check_video(video, pad=pad)
+        total = self._compression.latent_frames(video.shape[2])
+        mean, logvar = collect(self._moments([video], pad, plan, recover), total, dim=2).chunk(2, dim=1)
+        return mean, logvar
+
+    def encode_stream(
+        self,
+        frames: Iterable[Tensor],
+        *,
+        pad: bool = False,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
+    ) -> Iterator[Tensor]:
+        """Latents of a stream of (b, 3, t, h, w) clips, any t each, as (b, z, t', h', w'); holds one chunk.
+
+        How the stream is cut does not change the result. Without `pad`, raises ValueError at the end of a stream that
+        did not have 1 + 4N frames. Other arguments as in `encode`.
+        """
+        family, config = self.model.family, self.model.config
+        for moments in self._moments(frames, pad, plan, recover):
+            mean, logvar = moments.chunk(2, dim=1)
+            latent = _draw(mean, logvar, generator, family.clamp) if sample else mean
+            yield family.from_network(config, latent)
+            del moments, mean, logvar, latent  # not while the next chunk runs
+
+    def _moments(self, frames: Iterable[Tensor], pad: bool, plan: AnyPlan, recover: Recover | None) -> Iterator[Tensor]:
+        """(mean, logvar) of every chunk, side by side along channels."""
+        clips = checked(frames, self.family, 3, *VIDEO)
+        clips = (pad_stream if pad else whole_stream)(clips, self._compression)
+        chunks = rechunk(clips, self.model.family.frames)
+        drop = 0
+        for moments in self._run("encode", chunks, plan, recover):
+            yield moments[:, :, drop:]
+            del moments
+            drop = self.model.family.latents.overlap
+
+    # ---------------------------------------------------------------------------------------------- decoding
+
+    def decode(
+        self,
+        latent: Tensor,
+        *,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Frames of a whole latent.
+
+        latent: (b, z, t', h', w'), as `encode` gives it.
+        frames: how many to return, from the first; size: (height, width) to return, from the top left: what `pad` added
+        goes. plan: how to run: None for whole frames, a `TilePlan` for exact tiles, a `ReferencePlan` for the official
+        tiling of CV-VAE; `plan_decode` chooses one. recover: called with the error and the plan when memory runs out;
+        it returns the plan by which to go on at the failed chunk, or None to give up, and the error is raised. What
+        was done before stays; the tensors of the failed chunk are freed by then. progress: called with (frames done,
+        frames in all) after every chunk.
+        Returns (b, 3, t, h, w), nominally in [-1, 1], not clamped; all frames unless `frames` is given.
+        Raises ValueError for a wrong shape, dtype, `frames` or `size`, or weights without a decoder.
+        """
+        check_clip(latent, self.family, self.model.config.latent_channels, *LATENT)
+        if latent.shape[2] == 0:
+            raise ValueError("The latent has no frames; give at least one.")
+        total = check_frames(frames, latent.shape[2], self._compression)
+        stream = self.decode_stream(latent, frames=frames, size=size, plan=plan, recover=recover)
+        return collect(stream, total, dim=2, progress=progress)
+
+    def decode_stream(
+        self,
+        latent: Tensor | Iterable[Tensor],
+        *,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
+    ) -> Iterator[Tensor]:
+        """Frames of a latent, or of a stream of (b, z, t', h', w') of any t', chunk by chunk; holds one chunk.
+
+        Stops once `frames` are out, and raises ValueError if the stream ends before. Other arguments as in `decode`.
+        """
+        return self._decoded(latent, frames, size, plan, recover, bring_back=True)
+
+    def decode_frames(
+        self,
+        latent: Tensor | Iterable[Tensor],
+        *,
+        dtype: torch.dtype = torch.float32,
+        lent: bool = False,
+        check: bool = False,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
+    ) -> Iterator[Tensor]:
+        """As `decode_stream`, to be shown or written: (b, t, h, w, 3) in RAM, clamped.
+
+        dtype: torch.uint8 for 0 to 255, torch.float32 or torch.float16 for 0 to 1. On a GPU the pixels are made there,
+        and copied while the next chunk is computed: each comes one later. lent: frames are good until the next are
+        asked for, for those who do not keep them. check: raise `NotFiniteError` at the first chunk with NaN or
+        infinity. Other arguments as in `decode`. Raises ValueError for another dtype.
+        """
+        chunks = self._decoded(latent, frames, size, plan, recover, bring_back=False)
+        return host_frames(chunks, self.device, dtype, lent=lent, check=check)
+
+    def _decoded(
+        self,
+        latent: Tensor | Iterable[Tensor],
+        frames: int | None,
+        size: tuple[int, int] | None,
+        plan: AnyPlan,
+        recover: Recover | None,
+        *,
+        bring_back: bool,
+    ) -> Iterator[Tensor]:
+        family, config = self.model.family, self.model.config
+        clips = checked([latent] if isinstance(latent, Tensor) else latent, family.id, config.latent_channels, *LATENT)
+        space = family.compression.space
+        sized = (size_checked(chunk, size, space) for chunk in rechunk(clips, family.latents))
+        chunks = (family.to_network(config, chunk) for chunk in sized)
+        yield from trimmed(
+            self._run("decode", chunks, plan, recover, bring_back=bring_back), family.frames.overlap, frames, size
+        )
+
+    # ---------------------------------------------------------------------------------------------- running
+
+    def compile(self, **options: Any) -> VideoVAE:
+        """Compile whole frames by `torch.compile` with its `options`, at the first call of every kind; returns self.
+
+        A kind is a direction, a size and length of a chunk, and, for IV-VAE, the first chunk or a later one. Tiles run
+        as without it.
+        """
+        self._compiled = torch.compile(self.model.chunk, **options)
+        return self
+
+    def _run(
+        self,
+        direction: Direction,
+        chunks: Iterable[Tensor],
+        plan: AnyPlan,
+        recover: Recover | None,
+        *,
+        bring_back: bool = True,
+    ) -> Iterator[Tensor]:
+        work = Pass(self.model, direction, plan, compiled=self._compiled)
+        return run_chunks(chunks, work, device=self.device, dtype=self.dtype, recover=recover, bring_back=bring_back)
+
+    # ---------------------------------------------------------------------------------------------- planning
+
+    def plan_decode(
+        self,
+        shape: Sequence[int],
+        *,
+        budget_bytes: int | None = None,
+        ram_bytes: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Plan:
+        """How a latent of `shape` (b, z, t, h, w) would be decoded within `budget_bytes` of device memory.
+
+        The fastest exact plan that fits; where none does, the one with the least memory, with `fits` False.
+        ram_bytes: what may wait in RAM between tiles; no limit, if not given. dtype: the model's, if not
+        given. device: where it will run; if not given, where the weights lie, or an accelerator if they lie in RAM
+        and there is one. Weights are not counted. Raises ValueError for a wrong shape or budget.
+        """
+        return self._plan(shape, "decode", budget_bytes, ram_bytes, dtype, device)
+
+    def plan_encode(
+        self,
+        shape: Sequence[int],
+        *,
+        budget_bytes: int | None = None,
+        ram_bytes: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Plan:
+        """How a video of `shape` (b, 3, t, h, w) would be encoded, padded where needed; as `plan_decode`."""
+        return self._plan(shape, "encode", budget_bytes, ram_bytes, dtype, device)
+
+    def _plan(
+        self,
+        shape: Sequence[int],
+        direction: Direction,
+        budget_bytes: int | None,
+        ram_bytes: int | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> Plan:
+        task = self._task(shape, direction, dtype)
+        budget = Budget(device=checked_bytes(budget_bytes, "budget_bytes"), ram=checked_bytes(ram_bytes, "ram_bytes"))
+        return choose(task, budget, on_cpu=self._on_cpu(device))
+
+    def describe_plan(
+        self, plan: AnyPlan, shape: Sequence[int], direction: Direction, *, dtype: torch.dtype | None = None
+    ) -> Plan:
+        """What running by `plan` means for a latent ("decode") or a video ("encode") of `shape`."""
+        return describe(self._task(shape, direction, dtype), plan, Budget())
+
+    def smaller_plan(
+        self,
+        plan: AnyPlan,
+        shape: Sequence[int],
+        direction: Direction,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> TilePlan | None:
+        """The next exact plan that needs clearly less memory than `plan`, or None; for `recover` of `decode`.
+
+        shape: of the latent for direction "decode", of the video for "encode". dtype, device: as in `plan_decode`.
+        """
+        return smaller(self._task(shape, direction, dtype), plan, on_cpu=self._on_cpu(device))
+
+    def decode_bytes(
+        self,
+        height: int,
+        width: int,
+        *,
+        frames: int | None = None,
+        dtype: torch.dtype | None = None,
+        plan: AnyPlan = None,
+    ) -> int:
+        """Predicted peak of device memory while decoding one clip of height x width latents, without weights.
+
+        frames: pixel frames of the clip, where it may be shorter than a chunk. plan: as in `decode`.
+        """
+        latents = _LONG if frames is None else self._compression.latent_frames(frames)
+        shape = (1, self.model.config.latent_channels, latents, height, width)
+        return device_bytes(self._task(shape, "decode", dtype), plan)
+
+    def encode_bytes(
+        self,
+        height: int,
+        width: int,
+        *,
+        frames: int | None = None,
+        dtype: torch.dtype | None = None,
+        plan: AnyPlan = None,
+    ) -> int:
+        """As `decode_bytes`, while encoding one clip of height x width pixels."""
+        frames = self._compression.pixel_frames(_LONG) if frames is None else frames
+        return device_bytes(self._task((1, 3, frames, height, width), "encode", dtype), plan)
+
+    @property
+    def _compression(self) -> Compression:
+        return self.model.family.compression
+
+    def _on_cpu(self, device: torch.device | str | None) -> bool:
+        if device is not None:
+            return torch.device(device).type == "cpu"
+        accelerated = torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()
+        return self.device.type == "cpu" and not accelerated
+
+    def _task(self, shape: Sequence[int], direction: Direction, dtype: torch.dtype | None) -> Task:
+        model, decoding = self.model, direction == "decode"
+        channels = model.config.latent_channels if decoding else 3
+        if len(shape) != 5 or shape[1] != channels or min(shape) < 1:
+            raise ValueError(
+                f"A plan to {direction} was asked for shape {tuple(shape)}; {self.family} needs (batch, {channels}, "
+                "frames, height, width), none of them 0."
+            )
+        batch, _, frames, height, width = shape
+        cells = self._compression.cells
+        return Task(
+            family=model.family,
+            config=model.config,
+            halves=model.halves,
+            dtype=dtype or self.dtype,
+            direction=direction,
+            batch=batch,
+            latents=frames if decoding else self._compression.latent_frames(frames),
+            size=(height, width) if decoding else (cells(height), cells(width)),
+        )
+
+    def _check_video(self, video: Tensor, *, pad: bool) -> None:
+        check_clip(video, self.family, 3, *VIDEO)
+        if video.shape[2] == 0:
+            raise ValueError("The video has no frames; give at least one.")
+        if not pad:
+            frames, height, width = video.shape[2:]
+            check_whole(frames, height, width, self._compression)
+
+
+_LONG = 100  # latents; no chunk is longer
+
+
+def _draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None, clamp: tuple[float, float] | None) -> Tensor:
+    """A draw from the posterior. clamp: of logvar."""
+    device = mean.device if generator is None else generator.device
+    noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
+    return mean + torch.exp(0.5 * (logvar if clamp is None else logvar.clamp(*clamp))) * noise

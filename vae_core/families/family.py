@@ -1,0 +1,228 @@
+"""What a family is: all that differs from one kind of VAE to another, in one value.
+
+Whoever runs, plans, loads or trains a VAE asks its `Family`, and never which one it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.clip import Clip, laid_out
+from ..nn.steps import Context, Step, Streaming, walk
+
+Direction = Literal["encode", "decode"]
+DIRECTIONS: tuple[Direction, Direction] = ("encode", "decode")
+HALVES: dict[Direction, str] = {"encode": "encoder", "decode": "decoder"}
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """Pixel frames per latent, after the first, and pixels per latent in height and in width."""
+
+    time: int
+    space: int
+
+    def latent_frames(self, frames: int) -> int:
+        """Latents of a clip of `frames` pixel frames, once it is padded to 1 + time * N."""
+        return 1 + -(-(frames - 1) // self.time)
+
+    def pixel_frames(self, latents: int) -> int:
+        """Pixel frames that `latents` latents decode to."""
+        return 1 + self.time * (latents - 1)
+
+    def cells(self, pixels: int) -> int:
+        """Latents along a side of `pixels` pixels, once it is padded."""
+        return -(-pixels // self.space)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Chunks over time: `first` frames, then `step` new ones at a time after `overlap` old ones."""
+
+    first: int
+    step: int
+    overlap: int
+
+    def count(self, frames: int) -> int:
+        """Chunks of a clip of `frames` frames."""
+        return 1 + max(0, -(-(frames - self.first) // self.step))
+
+    def cut(self, clip: Tensor) -> list[Tensor]:
+        """The chunks of a whole clip (b, c, t, h, w); the last may be shorter."""
+        starts = [0, *(self.first - self.overlap + n * self.step for n in range(self.count(clip.shape[2]) - 1))]
+        return [clip[:, :, a : a + (self.overlap + self.step if a else self.first)] for a in starts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """scaled latent = scale * (latent - shift)."""
+
+    scale: float
+    shift: float
+
+
+class Network(nn.Module):
+    """A network of some family: encoder and decoder, or one of them alone, each as a list of steps.
+
+    It is differentiable and free of state. Latents are unscaled, as the network itself makes and reads them.
+    """
+
+    family: Family
+    config: Any
+    encoder: nn.Module | None
+    decoder: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps: dict[Direction, tuple[Step, ...]] = {}
+
+    def steps(self, direction: Direction) -> tuple[Step, ...]:
+        """The network's own way; raises ValueError where it has not this half."""
+        if direction not in self._steps:
+            if direction not in self.halves:
+                raise ValueError(
+                    f"These {self.family.id} weights have no {HALVES[direction]}, so they cannot {direction}. Load a "
+                    "file that has one."
+                )
+            self._steps[direction] = self.way(direction)
+        return self._steps[direction]
+
+    def way(self, direction: Direction) -> tuple[Step, ...]:
+        """The steps of a half that is there."""
+        return tuple(getattr(self, HALVES[direction]).steps())
+
+    def chunk(
+        self, direction: Direction, x: Tensor, held: dict[str, Tensor], first: bool, checkpointing: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One chunk by torch's own operators, as autograd and compilers want it: its moments or frames, and what the
+        layers keep for the next; `held` is what they kept of the one before."""
+        at = Context(first=first, plain=True)
+        at.memory.restore(held)
+        y = walk(self.steps(direction), Clip([laid_out(x)]), at, checkpointing=checkpointing).tensor()
+        return y, at.memory.snapshot()
+
+    def encode(self, video: Tensor, *, checkpointing: bool = False) -> tuple[Tensor, Tensor]:
+        """Moments of a whole clip, by torch's own operators: for training, and for compilers.
+
+        video: (b, 3, 1 + time * N, h, w) in [-1, 1]. checkpointing: activations are computed again in the backward pass
+        instead of kept. Returns (mean, logvar), each (b, z, 1 + N, h/space, w/space); logvar is not clamped.
+        """
+        mean, logvar = self._plain("encode", video, checkpointing).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, latent: Tensor, *, checkpointing: bool = False) -> Tensor:
+        """Frames of a whole clip, as `encode`: (b, z, 1 + N, h, w), unscaled, to (b, 3, 1 + time * N, space * h,
+        space * w), nominally in [-1, 1]."""
+        return self._plain("decode", latent, checkpointing)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Reconstruction of a clip through the posterior mean."""
+        return self.decode(self.encode(video)[0])
+
+    def _plain(self, direction: Direction, clip: Tensor, checkpointing: bool) -> Tensor:
+        windows = self.family.windows(direction)
+        target = self.family.latents if direction == "encode" else self.family.frames
+        outs: list[Tensor] = []
+        held: dict[str, Tensor] = {}
+        for chunk in windows.cut(clip):
+            out, held = self.chunk(direction, chunk, held, not outs, checkpointing)
+            outs.append(out[:, :, target.overlap :] if outs else out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    @property
+    def halves(self) -> tuple[Direction, ...]:
+        """The directions that it can run."""
+        return tuple(d for d in DIRECTIONS if getattr(self, HALVES[d]) is not None)
+
+
+def _nothing(config: Any) -> dict[str, float]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Family:
+    """One kind of VAE.
+
+    id: its name everywhere. compression. frames, latents: how a clip is cut in time to encode and to decode it.
+    tell_tales: for each half, names of tensors that only its weights have, with their numbers of axes; any set will do.
+    modernize: weights under other names than the official ones, renamed.
+    configure: the config that official shapes imply, with what a file says of itself; raises KeyError or IndexError
+    where a tensor is missing, ValueError for impossible widths. told: what a file should say of itself.
+    build: the network of a config with these halves, on the current default device. official: name and shape of our
+    tensor in the official program. scaling, widths: of a config; the latter in words.
+    scaled: whether the latents that the VAE gives and takes are scaled; else the sampler's model scales them.
+    clamp: of logvar where latents are drawn. reference_tiles: whether the official program cuts frames and blends them.
+    """
+
+    id: str
+    compression: Compression
+    frames: Windows
+    latents: Windows
+    tell_tales: Mapping[Direction, Sequence[Mapping[str, int]]]
+    configure: Callable[[Shapes, Mapping[str, float]], Any]
+    build: Callable[[Any, Sequence[Direction]], Network]
+    official: Callable[[Any, str, tuple[int, ...]], tuple[str, tuple[int, ...]]]
+    scaling: Callable[[Any], Scaling]
+    widths: Callable[[Any], str]
+    modernize: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    told: Callable[[Any], dict[str, float]] = _nothing
+    scaled: bool = False
+    clamp: tuple[float, float] | None = None
+    reference_tiles: bool = False
+
+    def windows(self, direction: Direction) -> Windows:
+        """How a clip is cut in time."""
+        return self.frames if direction == "encode" else self.latents
+
+    def from_network(self, config: Any, latent: Tensor) -> Tensor:
+        """The latent that the VAE gives for one of its network."""
+        scaling = self.scaling(config)
+        return scaling.scale * (latent - scaling.shift) if self.scaled else latent
+
+    def to_network(self, config: Any, latent: Tensor) -> Tensor:
+        """What the network decodes for a latent that the VAE is given."""
+        scaling = self.scaling(config)
+        return latent / scaling.scale + scaling.shift if self.scaled else latent
+
+    def network(self, config: Any, halves: Sequence[Direction] = DIRECTIONS) -> Network:
+        """The network of a config, freshly drawn, on the current default device."""
+        network = self.build(config, halves)
+        network.family = self
+        for name, module in network.named_modules():
+            if isinstance(module, Streaming):
+                module.slot = name
+        return network
+
+    def halves_in(self, shapes: Shapes) -> tuple[Direction, ...]:
+        """The halves of this family that tensors of these names and shapes have."""
+        return tuple(
+            direction
+            for direction, sets in self.tell_tales.items()
+            if any(all(_has(shapes, name, axes) for name, axes in tells.items()) for tells in sets)
+        )
+
+    def key_map(self, network: Network) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Our name of every tensor of `network`, with its official name and shape."""
+        return {
+            name: self.official(network.config, name, tuple(tensor.shape))
+            for name, tensor in network.state_dict().items()
+        }
+
+
+def _has(shapes: Shapes, name: str, axes: int) -> bool:
+    shape = shapes.get(name, ())
+    return len(shape) == axes and 0 not in shape
+
+
+def substituted(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    """`name` after every (pattern, replacement), one after another."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name

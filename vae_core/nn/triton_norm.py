@@ -1,0 +1,227 @@
+"""Triton kernels of the functions of `norm`: one read and one write per element, several positions per program.
+
+Tensors are (b, c, t, h, w) of any strides, contiguous or channels last, float16, bfloat16 or float32; arithmetic is
+float32. Positions whose distance in memory is even are run through in one line: whole frames, or rows. Import this
+only where Triton is installed.
+"""
+
+# ruff: noqa: ANN001, ANN202
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false, reportIndexIssue=false
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# (Triton may not be installed, and it reads annotations of kernels as its own)
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import norm
+
+EPS_SQUARED = tl.constexpr(norm.EPS**2)
+SIZES = ["frames", "rows", "length", "tiles", "blocks"]  # of which no kernel is compiled again when they change
+TILE = 8192  # elements that one program holds at once
+REPEATS = 8  # tiles that one program of the moments runs through
+
+
+@triton.jit
+def _base(pointer, line, frames, rows, s_b, s_t, s_r):
+    """Where line `line` begins; lines count rows in frames in batch rows."""
+    row = (line % rows).to(tl.int64)
+    frame = (line // rows % frames).to(tl.int64)
+    batch = (line // rows // frames).to(tl.int64)
+    return pointer + batch * s_b + frame * s_t + row * s_r
+
+
+@triton.jit
+def _activated(y, silu: tl.constexpr):
+    if silu:
+        y = y / (1.0 + tl.exp(-y))
+    return y
+
+
+@triton.jit(do_not_specialize=SIZES[:-1])
+def _rms_kernel(
+    x, gain, out, frames, rows, length, tiles, width,
+    x_b, x_c, x_t, x_r, x_p, out_b, out_c, out_t, out_r, out_p,
+    halves: tl.constexpr, silu: tl.constexpr, channels: tl.constexpr, positions: tl.constexpr,
+) -> None:  # fmt: skip
+    """One half of the channels at a few positions of one line."""
+    program = tl.program_id(0)
+    p = (program % tiles * positions + tl.arange(0, positions)).to(tl.int64)[None, :]
+    half = program // tiles % halves
+    line = program // tiles // halves
+    channel = tl.arange(0, channels)
+    mask = (channel < width)[:, None] & (p < length)
+    channel = half * width + channel
+    c = channel.to(tl.int64)[:, None]
+    values = tl.load(_base(x, line, frames, rows, x_b, x_t, x_r) + c * x_c + p * x_p, mask=mask, other=0.0)
+    values = values.to(tl.float32)
+    squares = tl.maximum(tl.sum(values * values, axis=0), EPS_SQUARED)
+    gains = tl.load(gain + channel, mask=channel < (half + 1) * width, other=0.0)
+    y = _activated(values * (1.0 / tl.sqrt(squares))[None, :] * gains[:, None], silu)
+    tl.store(_base(out, line, frames, rows, out_b, out_t, out_r) + c * out_c + p * out_p, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _group_kernel(
+    x, mean, scale, bias, out, frames, rows, length, tiles, blocks, width,
+    x_b, x_c, x_t, x_r, x_p, out_b, out_c, out_t, out_r, out_p,
+    silu: tl.constexpr, channels: tl.constexpr, positions: tl.constexpr,
+) -> None:  # fmt: skip
+    """SiLU of (x - mean) * scale + bias, which are per batch row and channel, at a few positions of one line."""
+    program = tl.program_id(0)
+    p = (program % tiles * positions + tl.arange(0, positions)).to(tl.int64)[None, :]
+    channel = program // tiles % blocks * channels + tl.arange(0, channels)
+    line = program // tiles // blocks
+    inside = channel < width
+    mask = inside[:, None] & (p < length)
+    c = channel.to(tl.int64)[:, None]
+    values = tl.load(_base(x, line, frames, rows, x_b, x_t, x_r) + c * x_c + p * x_p, mask=mask, other=0.0)
+    entry = line // rows // frames * width + channel
+    means = tl.load(mean + entry, mask=inside, other=0.0)[:, None]
+    scales = tl.load(scale + entry, mask=inside, other=0.0)[:, None]
+    biases = tl.load(bias + entry, mask=inside, other=0.0)[:, None]
+    y = _activated((values.to(tl.float32) - means) * scales + biases, silu)
+    tl.store(_base(out, line, frames, rows, out_b, out_t, out_r) + c * out_c + p * out_p, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _moments_kernel(
+    x, means, squares, frames, rows, length, tiles, blocks, width,
+    x_b, x_c, x_t, x_r, x_p,
+    channels: tl.constexpr, positions: tl.constexpr, repeats: tl.constexpr,
+) -> None:  # fmt: skip
+    """Mean and squared differences from it, per channel, over `repeats` tiles of one line.
+
+    Tiles are merged by Chan's formula. Results are (lines, tiles, width).
+    """
+    program = tl.program_id(0)
+    channel = program // tiles % blocks * channels + tl.arange(0, channels)
+    line = program // tiles // blocks
+    inside = channel < width
+    start = _base(x, line, frames, rows, x_b, x_t, x_r) + channel.to(tl.int64)[:, None] * x_c
+    mean = tl.zeros([channels], tl.float32)
+    square = tl.zeros([channels], tl.float32)
+    count = 0.0
+    for i in range(repeats):
+        first = (program % tiles * repeats + i) * positions
+        p = (first + tl.arange(0, positions)).to(tl.int64)[None, :]
+        mask = inside[:, None] & (p < length)
+        values = tl.load(start + p * x_p, mask=mask, other=0.0).to(tl.float32)
+        new = tl.minimum(tl.maximum(length - first, 0), positions).to(tl.float32)
+        new_mean = tl.sum(values, axis=1) / tl.maximum(new, 1.0)
+        difference = tl.where(mask, values - new_mean[:, None], 0.0)
+        total = tl.maximum(count + new, 1.0)
+        step = new_mean - mean
+        square += tl.sum(difference * difference, axis=1) + step * step * (count * new / total)
+        mean += step * (new / total)
+        count += new
+    entry = (line * tiles + program % tiles).to(tl.int64) * width + channel
+    tl.store(means + entry, mean, mask=inside)
+    tl.store(squares + entry, square, mask=inside)
+
+
+def _lines(*tensors: Tensor) -> list[Tensor]:
+    """(b, c, t, h, w) as views (b, c, frames, rows, positions), with lines as long as the strides of all allow."""
+    if all(x.stride(3) == x.shape[4] * x.stride(4) or x.shape[3] == 1 for x in tensors):
+        tensors = tuple(_merged(x, 3) for x in tensors)
+        if all(x.stride(2) == x.shape[4] * x.stride(4) or x.shape[2] == 1 for x in tensors):
+            tensors = tuple(_merged(x, 2) for x in tensors)
+    return list(tensors)
+
+
+def _merged(x: Tensor, dim: int) -> Tensor:
+    """Dimension `dim` merged into the last one; where it stood stays a dimension of one."""
+    shape, strides = list(x.shape), list(x.stride())
+    shape[4] *= shape[dim]
+    shape[dim] = 1
+    return x.as_strided(shape, strides)
+
+
+def _tile(x: Tensor, channels: int) -> tuple[int, int]:
+    """(channels, positions) of a tile that reads runs of memory: along the channels where those lie together."""
+    longest = triton.next_power_of_2(x.shape[4])
+    if x.stride(1) != 1:
+        channels = 1
+    channels = min(triton.next_power_of_2(channels), TILE)
+    return channels, max(1, min(TILE // channels, longest, 1024))
+
+
+def _warps(tile: int) -> int:
+    """At most 64 numbers a thread."""
+    return 8 if tile > 8192 else 4 if tile > 1024 else 1
+
+
+def rms_norm(x: Tensor, gain: Tensor, halves: int, silu: bool, out: Tensor) -> None:
+    """`norm.rms_norm`; `out` may be `x`."""
+    x, out = _lines(x, out)
+    b, c, frames, rows, length = x.shape
+    width = c // halves
+    channels = triton.next_power_of_2(width)
+    positions = min(max(TILE // channels, 16), 64, triton.next_power_of_2(length))
+    tiles = triton.cdiv(length, positions)
+    with torch.cuda.device_of(x):
+        _rms_kernel[(b * frames * rows * halves * tiles,)](
+            x, gain.float().contiguous(), out, frames, rows, length, tiles, width, *x.stride(), *out.stride(),
+            halves=halves, silu=silu, channels=channels, positions=positions, num_warps=_warps(channels * positions),
+        )  # fmt: skip
+
+
+def group_norm(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, silu: bool, out: Tensor) -> None:
+    """`norm.group_norm`; `out` may be `x`."""
+    x, out = _lines(x, out)
+    b, width, frames, rows, length = x.shape
+    channels, positions = _tile(x, min(width, 128))
+    tiles, blocks = triton.cdiv(length, positions), triton.cdiv(width, channels)
+    with torch.cuda.device_of(x):
+        _group_kernel[(b * frames * rows * blocks * tiles,)](
+            x, *(v.float().contiguous() for v in (mean, scale, bias)), out, frames, rows, length, tiles, blocks, width,
+            *x.stride(), *out.stride(),
+            silu=silu, channels=channels, positions=positions, num_warps=_warps(channels * positions),
+        )  # fmt: skip
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`norm.channel_moments`, with runs of its own instead of slabs."""
+    (x,) = _lines(x)
+    b, width, frames, rows, length = x.shape
+    channels, positions = _tile(x, min(width, 128))
+    tiles = triton.cdiv(length, positions * REPEATS)
+    blocks = triton.cdiv(width, channels)
+    means = x.new_empty(b, frames * rows * tiles, width, dtype=torch.float32)
+    squares = torch.empty_like(means)
+    with torch.cuda.device_of(x):
+        _moments_kernel[(b * frames * rows * blocks * tiles,)](
+            x, means, squares, frames, rows, length, tiles, blocks, width, *x.stride(),
+            channels=channels, positions=positions, repeats=REPEATS, num_warps=_warps(channels * positions),
+        )  # fmt: skip
+    return means, squares, norm.lengths(length, positions * REPEATS, means).repeat(frames * rows)
+
+
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """Run every kernel at widths that networks have; raises what fails, or ArithmeticError where numbers are wrong."""
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for width, layout in ((8, torch.contiguous_format), (64, torch.channels_last_3d), (512, torch.channels_last_3d)):
+        exact = torch.linspace(-3, 5, 2 * width * 3 * 4 * 5, device=device).view(2, width, 3, 4, 5)
+        x = exact.to(dtype).contiguous(memory_format=layout)
+        exact = x.float()
+        gain = torch.linspace(1, 2, width, device=device)
+        shift = torch.linspace(-1, 1, 2 * width, device=device).view(2, width)
+        normed, scaled = torch.empty_like(x), torch.empty_like(x)
+        rms_norm(x, gain, 2, True, normed)
+        group_norm(x, shift, shift + 2, shift, True, scaled)
+        mean, variance = norm.pool(*channel_moments(x), 4)
+        expected = F.normalize(exact.unflatten(1, (2, -1)), dim=2).flatten(1, 2) * gain.view(-1, 1, 1, 1)
+        values = exact.unflatten(1, (4, -1)).flatten(2)
+        per_channel = shift[..., None, None, None]
+        pairs = [
+            (normed, F.silu(expected)),
+            (scaled, F.silu((exact - per_channel) * (per_channel + 2) + per_channel)),
+            (mean, values.mean(2)),
+            (variance, values.var(2, correction=0)),
+        ]
+        if not all(torch.allclose(got.float(), right, rtol=tolerance, atol=tolerance) for got, right in pairs):
+            raise ArithmeticError(f"the kernels compute wrong numbers for {width} channels")

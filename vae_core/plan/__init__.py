@@ -1,0 +1,1 @@
+"""What would run: memory, work and the choice of plans."""

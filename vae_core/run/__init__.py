@@ -1,0 +1,1 @@
+"""A clip of any length through a network, in bounded memory."""

@@ -1,0 +1,346 @@
+"""One direction of one video through a network, chunk by chunk, in whole frames or in tiles.
+
+Between two points of waiting it goes deep: a tile through all steps up to the next, with what it must see around it. At
+a point of waiting it goes wide: what all tiles gave lies on a `Canvas` before any goes on. Steps that must see whole
+frames run on those. A whole frame is a single tile, cut into strips where a step that waits would hold much besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families import Direction, Network
+from ..nn.clip import Clip, laid_out
+from ..nn.region import Region, Size, chain, full, grid, sizes
+from ..nn.steps import Context, Kernels, Memory, Step, add, skips, walk
+from .store import Canvas, Store
+from .tiling import AnyPlan, ReferencePlan, TilePlan, run_blended
+
+Compiled = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+STRIPS_ABOVE = 320 * 2**20  # bytes of a step's activations from which on a whole frame runs in strips
+STRIP_BYTES, MOST_STRIPS = 256 * 2**20, 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Steps that run in a row, in runs that begin and end outside of any skip. sizes: of the frame before every step
+    and after the last."""
+
+    steps: tuple[Step, ...]
+    sizes: tuple[Size, ...]
+
+    @property
+    def whole(self) -> bool:
+        return self.steps[0].whole
+
+    @property
+    def waits(self) -> bool:
+        return self.steps[0].waits and not self.whole
+
+    def regions(self, core: Region, latent: Size) -> list[Region]:
+        """What a tile that owns `core` of a frame of `latent` needs before every step, and what it gives."""
+        return chain([step.reach for step in self.steps], self.sizes[0], core.scaled(latent, self.sizes[-1]))
+
+
+def segments(steps: Sequence[Step], size: Size) -> list[Segment]:
+    """The steps cut at every point of waiting, and where such a skip ends, over frames of `size` that go in."""
+    at = sizes([step.reach for step in steps], size)
+    cuts = {0, len(steps)}
+    for i, step in enumerate(steps):
+        if step.waits and not step.whole:
+            cuts |= {i, i + 1}
+        if i and step.whole != steps[i - 1].whole:
+            cuts.add(i)
+    return [Segment(steps=tuple(steps[a:b]), sizes=tuple(at[a : b + 1])) for a, b in pairwise(sorted(cuts))]
+
+
+def strip_rows(height: int, nbytes: int) -> int:
+    """Rows of the strips in which a step runs over a whole frame, for what it reads of `nbytes`."""
+    return -(-height // min(MOST_STRIPS, -(-nbytes // STRIP_BYTES))) if nbytes > STRIPS_ABOVE else height
+
+
+@dataclass
+class Track:
+    """One tile on its way. core: what it owns, in latents. done: how many of a segment's runs of steps are through;
+    clip: what they gave."""
+
+    core: Region
+    memory: Memory
+    done: int = 0
+    clip: Clip | None = None
+
+
+@dataclass
+class Progress:
+    """How far a chunk has come. source: what goes into the next segment; kept: what that, or a later one, will add;
+    out: what the tiles that are through have given."""
+
+    segments: list[Segment]
+    source: Canvas
+    store: Store
+    done: int = 0
+    kept: Canvas | None = None
+    out: Canvas | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A segment, what goes into it, what is added to what it gives, and where that goes."""
+
+    segment: Segment
+    source: Canvas
+    kept: Canvas | None
+    out: Canvas
+
+
+class Pass:
+    """One direction of one video. State: a track for each tile, and the progress of the current chunk.
+
+    plan: None for whole frames. compiled: `Network.chunk`, compiled; whole frames then run by it. between: called after
+    every step of every tile. Where gradients are asked for, torch's own operators run over whole frames.
+    Raises ValueError for a plan that the family does not know.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        direction: Direction,
+        plan: AnyPlan,
+        *,
+        compiled: Compiled | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.network = network
+        self.direction: Direction = direction
+        self.steps = network.steps(direction)
+        self.plan = _allowed(plan, network)
+        self._compiled = compiled
+        self._between = between
+        self._streams = any(step.slots() for step in self.steps)
+        self._kernels = Kernels()
+        self._first = True
+        self._device = torch.device("cpu")
+        self._latent: Size = (0, 0)  # of a frame
+        self._segments: list[Segment] = []
+        self._tracks: list[Track] = []
+        self._held: dict[str, Tensor] = {}  # what layers remember where whole frames run by torch's own operators
+        self._progress: Progress | None = None
+
+    def run(self, chunk: Tensor) -> Tensor:
+        """Moments (b, 2z, t', h', w') of the next chunk, or its frames; `chunk` is laid out as clips are on its device.
+
+        If it raises, it may be called again with the same chunk, by another plan too. Where chunks depend on each other
+        it then goes on at what failed, since what its layers remember is of this chunk already.
+        """
+        self._device = chunk.device
+        graph = needs_graph(chunk, self.network)
+        if graph and self.plan is not None:
+            raise ValueError(
+                "Tiles keep nothing for gradients, and the input or the model requires them. Leave plan out, or run "
+                "under torch.no_grad()."
+            )
+        try:
+            if graph or (self._compiled is not None and self.plan is None):
+                out = self._plain(chunk, self.network.chunk if graph or self._compiled is None else self._compiled)
+            else:
+                with _no_autocast(chunk.device):
+                    out = self._run(chunk)
+        finally:
+            if not self._streams:
+                self._progress = None
+        self._first, self._progress = False, None
+        return out
+
+    def switch(self, plan: AnyPlan) -> None:
+        """Go on by another plan."""
+        self.plan = _allowed(plan, self.network)
+        if isinstance(self.plan, TilePlan) and self._streams:
+            self._tracks = [track for old in self._tracks for track in self._cut(old, self.plan)]
+
+    def _run(self, chunk: Tensor) -> Tensor:
+        if not isinstance(self.plan, ReferencePlan):
+            return self._frame(chunk)
+        latents, pixels = self.plan.latents, self.plan.pixels
+        source, target = (latents, pixels) if self.direction == "decode" else (pixels, latents)
+        return run_blended(chunk, lambda tile: self._frame(laid_out(tile)), source=source, target=target)
+
+    def _plain(self, chunk: Tensor, run: Compiled) -> Tensor:
+        out, self._held = run(self.direction, chunk, self._held, self._first)
+        return out
+
+    def _frame(self, chunk: Tensor) -> Tensor:
+        size = chunk.shape[-2], chunk.shape[-1]
+        progress = self._progress
+        if progress is None:
+            source = Canvas(size, Store(self._device))
+            source.write(full(size), Clip([chunk]))
+            progress = Progress(segments(self.steps, size), source, Store(self._home))
+        if not (self._streams and self._tracks):
+            self._lay_out(progress.segments)
+        self._progress = progress if self._streams else None
+        while progress.done < len(progress.segments):
+            self._segment(progress)
+        return progress.source.tensor()
+
+    def _lay_out(self, found: list[Segment]) -> None:
+        """Make the tiles."""
+        first, last = found[0].sizes[0], found[-1].sizes[-1]
+        self._segments, self._latent = found, first if self.direction == "decode" else last
+        whole = full(self._latent)
+        cores = self.plan.tiles(whole) if isinstance(self.plan, TilePlan) else [whole]
+        self._tracks = [Track(core, self._memory()) for core in cores]
+
+    @property
+    def _home(self) -> torch.device:
+        """Where tensors wait."""
+        offload = isinstance(self.plan, TilePlan) and self.plan.offload
+        return torch.device("cpu") if offload else self._device
+
+    def _memory(self) -> Memory:
+        return Memory(None if self._home == self._device else self._home)
+
+    def _context(self, memory: Memory) -> Context:
+        return Context(memory=memory, kernels=self._kernels, first=self._first)
+
+    # ------------------------------------------------------------------------------------------------- running
+
+    def _segment(self, progress: Progress) -> None:
+        """Run the next segment, or what is left of it."""
+        segment, source, kept = progress.segments[progress.done], progress.source, progress.kept
+        ends = segment.waits and segment.steps[-1].adds is not None
+        if not segment.waits:
+            progress.store.clear()
+        if progress.out is None:
+            following = progress.segments[progress.done + 1 :][:1]
+            measure = following[0].steps[0].moments if following and following[0].waits else None
+            store = Store(self._device) if segment.whole else progress.store
+            own = ends and progress.done > 1  # else it is the chunk itself
+            progress.out = Canvas(segment.sizes[-1], store, measure=measure, onto=kept if own else None)
+        job = Job(segment=segment, source=source, kept=kept if ends else None, out=progress.out)
+        if segment.whole:
+            job.out.write(full(job.out.size), self._whole(job))
+        elif self._streams:
+            for track in self._tracks:
+                self._tile(job, track, segment.regions(track.core, self._latent))
+        else:
+            for regions in self._regions(job):
+                self._tile(job, Track(regions[-1], Memory()), regions)
+        for track in self._tracks:
+            track.done = 0
+        if not ends and segment.waits and segment.steps[0].keeps:
+            progress.kept = source
+        else:
+            progress.kept = None
+            source.free()
+        progress.source, progress.out, progress.done = job.out, None, progress.done + 1
+
+    def _whole(self, job: Job) -> Clip:
+        """What steps give that must see whole frames."""
+        clip = job.source.read(full(job.source.size), self._device)
+        return walk(job.segment.steps, clip, self._context(Memory()), between=self._between)
+
+    def _regions(self, job: Job) -> list[list[Region]]:
+        """Those of every tile, or of the strips of a whole frame, before every step and after the last."""
+        segment = job.segment
+        if len(self._tracks) > 1 or not segment.waits:
+            return [segment.regions(track.core, self._latent) for track in self._tracks]
+        size, reaches = segment.sizes[-1], [step.reach for step in segment.steps]
+        rows = strip_rows(size[0], job.source.nbytes)
+        return [chain(reaches, segment.sizes[0], out) for out in grid(full(size), (rows, size[1]))]
+
+    def _tile(self, job: Job, track: Track, regions: Sequence[Region]) -> None:
+        """What is left of a tile's way through a segment. regions: before every step and after the last."""
+        runs = list(skips(job.segment.steps))
+        plus: Clip | None = None
+        while track.done < len(runs):
+            if track.clip is None:
+                track.clip = job.source.read(regions[0], self._device)
+            before = track.memory.snapshot()
+            try:
+                first = sum(map(len, runs[: track.done]))
+                clip, plus = self._steps(job, runs[track.done], first, regions, track.clip.shared(), track.memory)
+            except BaseException:
+                track.memory.restore(before)
+                raise
+            del before  # which holds what was remembered
+            track.clip, track.done = clip, track.done + 1
+        if track.clip is not None:
+            job.out.write(regions[-1], track.clip, plus)
+            track.clip = None
+
+    def _steps(
+        self, job: Job, steps: list[Step], first: int, regions: Sequence[Region], clip: Clip, memory: Memory
+    ) -> tuple[Clip, Clip | None]:
+        """A run of steps, the first of which is number `first` of the segment; and what of a canvas is yet to be added."""
+        at = self._context(memory)
+        held: tuple[Clip, Region] | None = None
+        plus: Clip | None = None
+        for i, step in enumerate(steps, first):
+            size, region, wanted = job.segment.sizes[i], regions[i], regions[i + 1]
+            given = region.given(step.reach, size)
+            at.border = region.border(size)
+            if step.keeps and step.adds is None:
+                held = clip.shared(), region
+            clip = step.run(clip, at, job.source.moments if step.waits else None)
+            if step.adds is not None and job.kept is not None:
+                plus = step.adds(job.kept.read(wanted, self._device), at)
+            elif step.adds is not None and held is not None:
+                clip, held = add(clip, step.adds(held[0].crop(given, held[1]), at), at), None
+            clip = clip.crop(wanted, given)
+            self._between()
+        return clip, plus
+
+    def _cut(self, old: Track, plan: TilePlan) -> list[Track]:
+        """A tile cut into smaller ones, wherever it is on its way; what it holds goes through RAM, as the device is full."""
+        tracks = [Track(core, self._memory(), old.done) for core in plan.tiles(old.core)]
+        for segment in self._segments:
+            if segment.whole:
+                continue
+            before = segment.regions(old.core, self._latent)
+            after = [segment.regions(track.core, self._latent) for track in tracks]
+            for i, step in enumerate(segment.steps):
+                for slot in step.slots():
+                    frames = old.memory.pop(slot)
+                    for track, regions in zip(tracks, after, strict=True):
+                        if frames is not None:
+                            track.memory.put(slot, self._placed(regions[i].of(frames, before[i])))
+            if old.clip is not None:
+                done = sum(map(len, list(skips(segment.steps))[: old.done]))
+                x = old.clip.tensor().cpu()
+                for track, regions in zip(tracks, after, strict=True):
+                    track.clip = Clip([self._placed(regions[done].of(x, before[done]))])
+                old.clip = None
+        return tracks
+
+    def _placed(self, x: Tensor) -> Tensor:
+        """A region of a tensor in RAM, as a tensor of its own on the device."""
+        return laid_out(x.clone().to(self._device))
+
+
+def _allowed(plan: AnyPlan, network: Network) -> AnyPlan:
+    if isinstance(plan, ReferencePlan) and not network.family.reference_tiles:
+        raise ValueError(
+            f"A ReferencePlan is the official tiling of CV-VAE, and this is {network.family.id}, whose official code "
+            "does not tile. Leave plan out, or give a TilePlan."
+        )
+    return plan
+
+
+def needs_graph(x: Tensor, network: Network) -> bool:
+    """Whether autograd follows what a network makes of `x`."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in network.parameters()))
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Layers get the types that they are given, whatever the caller wraps them in."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

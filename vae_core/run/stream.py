@@ -1,0 +1,64 @@
+"""Chunk after chunk through a network, and going on by another plan where memory ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..nn.clip import laid_out
+from .executor import Pass
+from .tiling import AnyPlan
+
+# called with the error and the plan that ran; gives the plan to go on by, or None to give up
+Recover = Callable[[Exception, AnyPlan], AnyPlan]
+
+OUT_OF_MEMORY_TEXTS = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that a device, or RAM, has no room left."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):  # under this name in every torch
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS)
+
+
+def run_chunks(
+    chunks: Iterable[Tensor],
+    work: Pass,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    recover: Recover | None,
+    bring_back: bool = True,
+) -> Iterator[Tensor]:
+    """What `work` makes of every chunk; `recover` as in `VideoVAE.decode`.
+
+    bring_back: to the device of the chunk; without, it is left where it was made.
+    """
+    for chunk in chunks:
+        done = _run_chunk(chunk, work, recover, device=device, dtype=dtype)
+        yield done.to(chunk.device) if bring_back else done
+        del done
+
+
+def _run_chunk(
+    chunk: Tensor, work: Pass, recover: Recover | None, *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Run one chunk; when memory runs out, ask `recover` for another plan and run it again by that."""
+    while True:
+        try:
+            return work.run(laid_out(chunk.to(device, dtype)))
+        except Exception as error:
+            if recover is None or not is_out_of_memory(error):
+                raise
+            failure = error
+        # Outside the handler, and without the traceback, whose frames keep the tensors of the failed chunk alive.
+        failure = failure.with_traceback(None)
+        failure.__context__ = failure.__cause__ = None
+        plan = recover(failure, work.plan)
+        if plan is None:
+            raise failure
+        del failure
+        work.switch(plan)
