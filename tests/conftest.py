@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import vae_core
-from vae_core.cv_vae import CVVAEConfig
-from vae_core.iv_vae import IVVAEConfig
-from vae_core.keys import Config, build, key_map
+from vae_core.families import FAMILIES, Network
+from vae_core.families.cv_vae import CVVAEConfig
+from vae_core.families.image_vae import ImageVAEConfig
+from vae_core.families.iv_vae import IVVAEConfig
+
+Config = CVVAEConfig | IVVAEConfig | ImageVAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -24,7 +27,29 @@ SMALL: dict[str, Config] = {
     "cv-vae": CVVAEConfig(widths=(32, 32, 64, 64), blocks_per_level=1, latent_channels=4, sd3=False),
     "cv-vae-sd3": CVVAEConfig(widths=(32, 32, 64, 64), blocks_per_level=1, latent_channels=16, sd3=True),
     "iv-vae": IVVAEConfig(dim=8, latent_channels=4, scale_factor=1.3, shift_factor=0.1),
+    "image-vae": ImageVAEConfig(
+        widths=(32, 32, 64, 64),
+        blocks_per_level=1,
+        latent_channels=4,
+        quantized=(True, True),
+        decoder_attention=True,
+        norm_eps=1e-6,
+        scale_factor=0.18215,
+        shift_factor=0.0,
+    ),
 }
+
+
+def family_of_config(config: Config) -> str:
+    """The id of the family that a config is of."""
+    if isinstance(config, CVVAEConfig):
+        return "cv-vae-sd3" if config.sd3 else "cv-vae"
+    return "iv-vae" if isinstance(config, IVVAEConfig) else "image-vae"
+
+
+def network_of(config: Config) -> Network:
+    """The network of a config, freshly drawn."""
+    return FAMILIES[family_of_config(config)].network(config)
 
 
 def _load_recipe() -> ModuleType:
@@ -46,7 +71,8 @@ def recipe() -> ModuleType:
 def official_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Official names and shapes of the model of `config`."""
     with torch.device("meta"):
-        return dict(key_map(build(config)).values())
+        network = network_of(config)
+    return dict(network.family.key_map(network).values())
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ class Decode(io.ComfyNode):
     ) -> io.NodeOutput:
         vae = require(vae)
         z = vae.video_latent(samples)
-        facts, told = _facts(samples, z)
+        facts, told = _facts(samples, z, vae.compression)
         run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview)
         budget = budget_bytes(memory_budget_gb)
         with _latent_kept(samples, vae, wanted=save_latent_on_failure):
@@ -186,7 +186,7 @@ class DecodeToVideo(io.ComfyNode):
                 f"The latent holds {z.shape[0]} clips and a VIDEO is one: take them apart with Latent From Batch, or "
                 "use Video VAE Decode."
             )
-        facts, told = _facts(samples, z)
+        facts, told = _facts(samples, z, vae.compression)
         node_id = cls.hidden.unique_id
 
         def frames(start: int, stop: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:

@@ -130,7 +130,7 @@ def _through_ours(vae: NativeVideoVAE, source: Clip, node_id: str, budget_gb: fl
         budget=budget_bytes(budget_gb),
     )
     for piece in pieces:
-        told.borders = _borders(run.tiles, source, chunks=not single and vae.codec.family != "iv-vae")
+        told.borders = _borders(run.tiles, source, chunks=not single and vae.codec.model.family.latents.overlap > 0)
         yield piece[0]
     told.reports.append(f"decoding: {run.finish()}")
 
@@ -140,9 +140,10 @@ def _borders(tiles: AnyPlan, source: Clip, *, chunks: bool) -> Borders:
     frames = chunk_borders(source.frames) if chunks else ()
     if not isinstance(tiles, TilePlan):
         return Borders(frames=frames)
+    cells = [VIDEO.cells(side) for side in source.size]
     rows, columns = (
-        tuple((VIDEO.space * stop, VIDEO.space * stop) for _, stop in split((0, -(-side // VIDEO.space)), tile)[:-1])
-        for side, tile in zip(source.size, tiles.sides, strict=True)
+        tuple((VIDEO.space * stop, VIDEO.space * stop) for _, stop in split((0, side), tile or side)[:-1])
+        for side, tile in zip(cells, tiles.sides, strict=True)
     )
     return Borders(rows=rows, columns=columns, frames=frames)
 

@@ -80,7 +80,8 @@ def check_counts(frames: int, keyframes: int) -> None:
     raise ValueError(
         f"Got {frames} frames and {keyframes} keyframes; {frames} frames need "
         f"{VIDEO.latent_frames(frames) if frames else 0} keyframes, and {keyframes} keyframes need {fit} frames (one "
-        f"keyframe for frame 0 and one for every {VIDEO.time} frames after it: 97 frames, 25 keyframes). Decode the same latent with both VAEs."
+        f"keyframe for frame 0 and one for every {VIDEO.time} frames after it: 97 frames, 25 keyframes). Decode the "
+        "same latent with both VAEs."
     )
 
 

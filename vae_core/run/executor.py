@@ -279,7 +279,7 @@ class Pass:
     def _steps(
         self, job: Job, steps: list[Step], first: int, regions: Sequence[Region], clip: Clip, memory: Memory
     ) -> tuple[Clip, Clip | None]:
-        """A run of steps, the first of which is number `first` of the segment; and what of a canvas is yet to be added."""
+        """A run of steps, the first being number `first` of the segment; and what of a canvas is yet to be added."""
         at = self._context(memory)
         held: tuple[Clip, Region] | None = None
         plus: Clip | None = None
@@ -299,7 +299,7 @@ class Pass:
         return clip, plus
 
     def _cut(self, old: Track, plan: TilePlan) -> list[Track]:
-        """A tile cut into smaller ones, wherever it is on its way; what it holds goes through RAM, as the device is full."""
+        """A tile cut into smaller ones, wherever it is; what it holds goes through RAM, as the device is full."""
         tracks = [Track(core, self._memory(), old.done) for core in plan.tiles(old.core)]
         for segment in self._segments:
             if segment.whole:
