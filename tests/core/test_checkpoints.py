@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vae_core
-from vae_core.cv_vae import CVVAE, CVVAEConfig
 from vae_core.door.loading import official_state
-from vae_core.iv_vae import IVVAEConfig
-from vae_core.keys import Config, build, key_map
+from vae_core.families.cv_vae import CV_VAE, CVVAEConfig
+from vae_core.families.iv_vae import IVVAEConfig
 
 ROOT = Path(__file__).parent.parent.parent
 State = Callable[..., dict[str, Tensor]]
@@ -167,7 +166,7 @@ def test_a_file_stays_mapped_so_that_there_is_no_second_copy(tmp_path: Path) -> 
     """A 120 MB file in its own dtype adds almost nothing to the private memory of the process."""
     config = CVVAEConfig(widths=(64, 128, 256, 384), blocks_per_level=2, latent_channels=4, sd3=False)
     path = tmp_path / "big.safetensors"
-    model = CVVAE(config).half()
+    model = CV_VAE.network(config).half()
     save_file({k: v.contiguous() for k, v in official_state(model).items()}, path)
     size = path.stat().st_size
     assert size > 100e6

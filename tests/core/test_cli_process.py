@@ -15,7 +15,7 @@ import torch
 
 import vae_core
 from vae_core.cli.work import open_clip, reconstruct
-from vae_core.cv_vae import CVVAEConfig
+from vae_core.families.cv_vae import CVVAEConfig
 
 from .clips import write_av
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vae_core
-from vae_core.cv_vae import CVVAEConfig
+from vae_core.families.cv_vae import CVVAEConfig
 
 Make = Callable[..., vae_core.VideoVAE]
 

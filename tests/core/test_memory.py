@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import vae_core
-from vae_core.iv_vae import IVVAEConfig
+from vae_core.families.iv_vae import IVVAEConfig
 
 from .meta_profile import MetaProfile
 

@@ -16,7 +16,7 @@ from vae_core.door.vae import VideoVAE
 from vae_core.errors import VideoError
 from vae_core.media.video import VideoWriter
 from vae_core.run.output import Frames, NotFiniteError, collect, host_frames, in_turn, make_frames
-from vae_core.profiler import MemoryProfile
+from vae_core.plan.profile import Profile
 
 Make = Callable[..., VideoVAE]
 CPU = torch.device("cpu")
@@ -231,7 +231,7 @@ def test_kept_pieces_stay_as_they_were(small_vae: Make) -> None:
 
 def test_a_collected_clip_takes_its_own_size_and_two_pieces() -> None:
     pieces = (torch.zeros(1, 3, 4, 64, 64) for _ in range(20))
-    with MemoryProfile() as profile:
+    with Profile() as profile:
         result = collect(host_frames(pieces, CPU, torch.float32, lent=True), 80, dim=1)
     piece = 3 * 4 * 64 * 64 * 4
     assert result.nbytes == 20 * piece

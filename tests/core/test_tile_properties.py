@@ -12,7 +12,6 @@ from torch import Tensor
 
 import vae_core
 from vae_core import TilePlan
-from vae_core.windows import latent_frames
 
 # Largest difference in units of the standard deviation. Most seen in 50 random runs of each, decode and encode: float64
 # 6e-15 for IV-VAE, 6e-13 for CV-VAE, which sums its statistics in another order; float32 4e-6 and 8e-6.
