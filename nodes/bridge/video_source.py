@@ -1,4 +1,4 @@
-"""Frames and sound out of any VIDEO, a piece at a time; a VIDEO or an IMAGE as the clip that a node works on."""
+"""Frames and sound out of any VIDEO, a chunk at a time; a VIDEO or an IMAGE as the clip that a node works on."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ import folder_paths
 from comfy_api.latest import Input, InputImpl
 from torch import Tensor
 
-from ...vae_core.errors import VideoError
+from ...vae_core import VideoError
 from ...vae_core.media.audio import read_sound
 from ...vae_core.media.video import frame_times, probe, read_frames
 from .lazy_video import LazyVideo, cut_audio
-from .wire import PIECE, pieces_of, pixels_of
+from .wire import CHUNK, chunks_of, pixels_of
 
 _TICK = Fraction(1, 10000)  # seconds by which a time given as a float may miss a frame
 
@@ -57,8 +57,8 @@ class Clip:
 
     def singles(self) -> Iterator[Tensor]:
         """The same frames one by one."""
-        for piece in self.read():
-            yield from piece.split(1, dim=2)
+        for chunk in self.read():
+            yield from chunk.split(1, dim=2)
 
 
 class VideoSource(ABC):
@@ -78,7 +78,7 @@ class VideoSource(ABC):
         """Number of frames."""
 
     @abstractmethod
-    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]: ...
+    def _read(self, first: int, stop: int, chunk: int) -> Iterator[Tensor]: ...
 
     @abstractmethod
     def _sound(self, first: int, stop: int) -> dict[str, Any] | None: ...
@@ -88,12 +88,12 @@ class VideoSource(ABC):
         first, stop = self._span(first, count)
         return stop - first
 
-    def frames(self, first: int = 0, count: int | None = None, piece: int = PIECE) -> Iterator[Tensor]:
-        """The frames of a part as (1, 3, t, height, width) in [-1, 1], t up to `piece`; holds one such piece."""
+    def frames(self, first: int = 0, count: int | None = None, chunk: int = CHUNK) -> Iterator[Tensor]:
+        """The frames of a part as (1, 3, t, height, width) in [-1, 1], t up to `chunk`; holds one such chunk."""
         first, stop = self._span(first, count)
         if count is not None and stop - first < count:
             _log.warning("The video has %d frames from frame %d on, fewer than %d.", stop - first, first, count)
-        return self._read(first, stop, piece)
+        return self._read(first, stop, chunk)
 
     def clip(self, name: str, first: int = 0, count: int | None = None) -> Clip:
         """The frames of a part."""
@@ -127,7 +127,7 @@ def clip_of(video: Any, name: str, count: int | None = None) -> Clip:
         raise ValueError(f"{name} is a {type(video).__name__}; connect an IMAGE batch or a VIDEO.")
     pixels = pixels_of(video)[:count]
     frames, height, width, _ = pixels.shape
-    return Clip(name=name, read=lambda: pieces_of(pixels), frames=frames, height=height, width=width, fps=None)
+    return Clip(name=name, read=lambda: chunks_of(pixels), frames=frames, height=height, width=width, fps=None)
 
 
 def open_video(video: Any) -> VideoSource:
@@ -164,10 +164,10 @@ class _LazySource(VideoSource):
     def total(self) -> int:
         return self._video.get_frame_count()
 
-    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
-        with contextlib.closing(self._video.pieces(first, stop)) as pieces:
-            for images in pieces:
-                yield from pieces_of(images, piece)
+    def _read(self, first: int, stop: int, chunk: int) -> Iterator[Tensor]:
+        with contextlib.closing(self._video.chunks(first, stop)) as chunks:
+            for images in chunks:
+                yield from chunks_of(images, chunk)
 
     def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
         return self._video.audio_of(first, stop)
@@ -185,8 +185,8 @@ class _TensorSource(VideoSource):
     def total(self) -> int:
         return self._images.shape[0]
 
-    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
-        yield from pieces_of(self._images[first:stop], piece)
+    def _read(self, first: int, stop: int, chunk: int) -> Iterator[Tensor]:
+        yield from chunks_of(self._images[first:stop], chunk)
 
     def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
         return cut_audio(self._audio, first / self.fps, stop / self.fps)
@@ -209,7 +209,7 @@ class _FileSource(VideoSource):
         """When each frame of the whole file is shown; even steps where the file does not say."""
         times = frame_times(self._path)
         if not times:
-            known = self._info.frames or sum(piece.shape[2] for piece in read_frames(self._path))
+            known = self._info.frames or sum(chunk.shape[2] for chunk in read_frames(self._path))
             times = [number / self.fps for number in range(known)]
         return times
 
@@ -226,8 +226,8 @@ class _FileSource(VideoSource):
         first, stop = self._window
         return max(0, stop - first)
 
-    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
-        yield from read_frames(self._path, self._window[0] + first, stop - first, piece)
+    def _read(self, first: int, stop: int, chunk: int) -> Iterator[Tensor]:
+        yield from read_frames(self._path, self._window[0] + first, stop - first, chunk)
 
     def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
         first, stop = self._window[0] + first, self._window[0] + stop

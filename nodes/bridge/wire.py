@@ -7,7 +7,7 @@ batch axis. Ours also have the key `cviv`, a plain dict that stock nodes pass al
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from ...vae_core.families import FAMILIES, VIDEO, Compression
 
 Layout = Literal["frames", "video", "images"]
 FACTS = "cviv"
-PIECE = 16  # frames that go through the host at a time
+CHUNK = 16  # frames that go through the host at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,26 @@ class Facts:
         """Of the VAE that made it; where that is not known, of a video VAE."""
         family = FAMILIES.get(self.family or "")
         return VIDEO if family is None else family.compression
+
+    @property
+    def own_space(self) -> bool:
+        """Whether the latents are those of no sampler, since their VAE scales them itself."""
+        family = FAMILIES.get(self.family or "")
+        return family is not None and family.scaled
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether each latent stands for frames that build on those of the latents before it, without end."""
+        family = FAMILIES.get(self.family or "")
+        return family is not None and family.compression.time > 1 and family.latents.overlap == 0
+
+    def decoded_by(self, family: str) -> Facts:
+        """The facts as they are for a VAE of `family`: where it makes more or fewer frames of a latent than the one
+        that made it, the clip lasts as long, and its true number of frames is not known."""
+        if self.family is None or self.family not in FAMILIES:
+            return self
+        made, shown = self.compression.time, FAMILIES[family].compression.time
+        return self if made == shown else replace(self, frames=None, fps=self.fps and self.fps * shown / made)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -134,7 +154,7 @@ def from_video(z: Tensor, layout: Layout) -> Tensor:
 
 def check_latent(samples: Tensor, facts: Facts, family: str, channels: int) -> None:
     """Raise ValueError, with the remedy, unless a VAE of `family` with `channels` can decode this latent."""
-    if facts.family is not None and facts.family != family:
+    if facts.family is not None and facts.family != family and not _may_share(facts.family, family):
         raise ValueError(
             f"This latent was made by {facts.family} and the VAE is {family}: their latent spaces differ, and decoding "
             "would give noise. Load the VAE that made the latent, or encode again with this one."
@@ -160,15 +180,15 @@ def pixels_of(images: Tensor) -> Tensor:
     return images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images[..., :3]
 
 
-def pieces_of(images: Tensor, piece: int = PIECE) -> Iterator[Tensor]:
-    """An IMAGE as (1, 3, t, h, w) pieces in [-1, 1], t up to `piece`, so that no second copy of the clip is made."""
-    for part in images.split(piece):
+def chunks_of(images: Tensor, chunk: int = CHUNK) -> Iterator[Tensor]:
+    """An IMAGE as (1, 3, t, h, w) chunks in [-1, 1], t up to `chunk`, so that no second copy of the clip is made."""
+    for part in images.split(chunk):
         yield (rearrange(part.float(), "t h w c -> 1 c t h w") * 2 - 1).clamp_(-1, 1)
 
 
-def images_of(piece: Tensor) -> Tensor:
+def images_of(chunk: Tensor) -> Tensor:
     """(b, t, h, w, 3) float32 in 0..1 of frames (b, 3, t, h, w) in [-1, 1]."""
-    return rearrange(piece, "b c t h w -> b t h w c").float().add(1).div_(2).clamp_(0, 1)
+    return rearrange(chunk, "b c t h w -> b t h w c").float().add(1).div_(2).clamp_(0, 1)
 
 
 def image_of(picture: Image.Image) -> Tensor:
@@ -179,6 +199,12 @@ def image_of(picture: Image.Image) -> Tensor:
 def rate_of(fps: float) -> Fraction | None:
     """Frames per second of a widget; None for its 0."""
     return Fraction(fps).limit_denominator(1001) if fps else None
+
+
+def _may_share(one: str, other: str) -> bool:
+    """Whether latents of one family may be in the space of another: of an image VAE, and of a video VAE made for it."""
+    both = [FAMILIES[name] for name in (one, other) if name in FAMILIES]
+    return len(both) == 2 and not any(f.scaled for f in both) and 1 in (f.compression.time for f in both)
 
 
 def _whole(value: object) -> bool:
@@ -195,7 +221,7 @@ def _fraction(value: object) -> Fraction | None:
 
 def _who_makes(channels: int) -> str:
     return {
-        4: "cv-vae (SD 1.5, SD 2.1, SVD) or an IV-VAE with z 4",
+        4: "cv-vae (SD 1.5, SD 2.1, SVD), an image VAE with z 4 or an IV-VAE with z 4",
         8: "an IV-VAE with z 8",
-        16: "cv-vae-sd3 (SD3, SD3.5) or an IV-VAE with z 16",
-    }.get(channels, "none of CV-VAE or IV-VAE makes such latents, so use the VAE of the model that sampled it")
+        16: "cv-vae-sd3 (SD3, SD3.5), an image VAE with z 16 or an IV-VAE with z 16",
+    }.get(channels, "no VAE of this pack makes such latents, so use the VAE of the model that sampled it")

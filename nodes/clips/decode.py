@@ -15,7 +15,6 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...vae_core.families import Compression
 from ..bridge.lazy_video import LazyVideo
 from ..bridge.native import NativeVideoVAE, budget_bytes, collect_images, require
 from ..bridge.running import Run, keep_report, report_ui
@@ -29,9 +28,12 @@ RESCUED = "latents/undecoded"  # the name below the output folder of a latent wh
 _log = logging.getLogger("cviv-vae")
 
 
-def _facts(latent: dict[str, Any], z: Tensor, compression: Compression) -> tuple[Facts, list[str]]:
+def _facts(latent: dict[str, Any], z: Tensor, vae: NativeVideoVAE) -> tuple[Facts, list[str]]:
     """Facts with frame count and size filled in for the decoded clip, and sentences about what was not known."""
-    facts, told = read_facts(latent), []
+    made, family, compression = read_facts(latent), vae.codec.family, vae.compression
+    facts, told = made.decoded_by(family), list[str]()
+    if facts is not made:
+        told.append(f"the latent was made by {made.family}; {family} makes {compression.time} frame(s) of each latent")
     available = compression.pixel_frames(z.shape[2])
     height, width = z.shape[-2] * compression.space, z.shape[-1] * compression.space
     if facts.frames is None or facts.size is None:
@@ -88,7 +90,7 @@ class Decode(io.ComfyNode):
         return describe(
             node_id="CVIV_Decode",
             display_name="Video VAE Decode",
-            description="Decodes a clip piece by piece into one buffer: device memory does not grow with its length. "
+            description="Decodes a clip chunk by chunk into one buffer: device memory does not grow with its length. "
             "Gives back the true number of frames and size where the latent knows them.",
             search_aliases=["cv-vae decode", "iv-vae decode", "vae decode video", "tiled decode"],
             inputs=[vae_input(), latent_input(), budget_input(), preview_input(), _save_on_failure_input()],
@@ -100,7 +102,7 @@ class Decode(io.ComfyNode):
                 ),
                 io.Float.Output(display_name="fps", tooltip="Frames per second that the latent remembers, else 24."),
                 io.String.Output(
-                    display_name="report", tooltip="What ran, in which pieces, how long, how much memory."
+                    display_name="report", tooltip="What ran, in which chunks and tiles, how long, how much memory."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -113,12 +115,12 @@ class Decode(io.ComfyNode):
     ) -> io.NodeOutput:
         vae = require(vae)
         z = vae.video_latent(samples)
-        facts, told = _facts(samples, z, vae.compression)
+        facts, told = _facts(samples, z, vae)
         run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview)
         budget = budget_bytes(memory_budget_gb)
         with _latent_kept(samples, vae, wanted=save_latent_on_failure):
-            pieces = vae.decode_pieces(z, run, frames=facts.frames, size=facts.size, budget=budget, lent=True)
-            images = collect_images(pieces, z.shape[0], facts.frames).flatten(0, 1)
+            chunks = vae.decode_chunks(z, run, frames=facts.frames, size=facts.size, budget=budget, lent=True)
+            images = collect_images(chunks, z.shape[0], facts.frames).flatten(0, 1)
         for sentence in (*told, f"the images take {images.nbytes / GIB:.2f} GiB of RAM"):
             run.note(sentence)
         report = run.finish()
@@ -186,16 +188,16 @@ class DecodeToVideo(io.ComfyNode):
                 f"The latent holds {z.shape[0]} clips and a VIDEO is one: take them apart with Latent From Batch, or "
                 "use Video VAE Decode."
             )
-        facts, told = _facts(samples, z, vae.compression)
+        facts, told = _facts(samples, z, vae)
         node_id = cls.hidden.unique_id
 
         def frames(start: int, stop: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
             run = Run(stop, node_id=node_id, preview=preview)
             for sentence in told:
                 run.note(sentence)
-            pieces = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id, dtype)
+            chunks = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id, dtype)
             with _latent_kept(samples, vae, wanted=save_latent_on_failure):
-                yield from pieces
+                yield from chunks
 
         video = LazyVideo(
             frames,
@@ -221,15 +223,15 @@ def _part(
     node_id: str,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """Frames `start` to `stop` as (t, h, w, 3) pieces; those before are decoded, too, since each builds on them.
+    """Frames `start` to `stop` as (t, h, w, 3) chunks; those before are decoded, too, since each builds on them.
 
     In 8 bits they are for the encoder of a file, which keeps none.
     """
     done, lent = 0, dtype == torch.uint8
     try:
-        for piece in vae.decode_pieces(z, run, frames=stop, size=facts.size, budget=budget, dtype=dtype, lent=lent):
-            part = piece[0, max(0, start - done) :]
-            done += piece.shape[1]
+        for chunk in vae.decode_chunks(z, run, frames=stop, size=facts.size, budget=budget, dtype=dtype, lent=lent):
+            part = chunk[0, max(0, start - done) :]
+            done += chunk.shape[1]
             if part.shape[0]:
                 yield part
         keep_report(run.finish(), node_id)

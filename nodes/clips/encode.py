@@ -50,7 +50,7 @@ def encode_clip(
     latents = [
         latent
         for stream in streams
-        for latent in vae.encode_pieces(
+        for latent in vae.encode_chunks(
             stream,
             (1, 3, length, clip.height, clip.width),
             run,
@@ -87,7 +87,7 @@ class Encode(io.ComfyNode):
                     io.MultiType,
                     "images",
                     types=[io.Image, io.Video],
-                    tooltip="The frames of one clip as IMAGE batch, or a VIDEO. A VIDEO is read piece by piece.",
+                    tooltip="The frames of one clip as IMAGE batch, or a VIDEO. A VIDEO is read chunk by chunk.",
                 ),
                 *_drawing_inputs(),
                 field(
@@ -104,7 +104,7 @@ class Encode(io.ComfyNode):
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="Unscaled for CV-VAE, as samplers expect."),
                 io.String.Output(
-                    display_name="report", tooltip="What ran, in which pieces, how long, how much memory."
+                    display_name="report", tooltip="What ran, in which chunks and tiles, how long, how much memory."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -164,7 +164,7 @@ class EncodeVideo(io.ComfyNode):
                     display_name="audio", tooltip="The sound of the encoded part; nothing where there is none."
                 ),
                 io.String.Output(
-                    display_name="report", tooltip="What ran, in which pieces, how long, how much memory."
+                    display_name="report", tooltip="What ran, in which chunks and tiles, how long, how much memory."
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ...vae_core.pictures.plan import draw_plan
+from ...vae_core.pictures import draw_plan
 from ..bridge.native import budget_bytes, plan_words, require
 from ..bridge.running import report_ui
 from ..bridge.schema import GIB, budget_input, check_choice, describe, field, vae_input
@@ -23,7 +23,7 @@ class PlanNode(io.ComfyNode):
         return describe(
             node_id="CVIV_Plan",
             display_name="Video VAE Plan",
-            description="Says how a clip would be encoded or decoded within a memory budget: pieces, tiles, memory, "
+            description="Says how a clip would be encoded or decoded within a memory budget: chunks, tiles, memory, "
             "exact or not. Nothing is computed, so it answers at once, before an hour of sampling.",
             search_aliases=["tile plan", "memory estimate", "vae memory"],
             inputs=[
@@ -35,7 +35,7 @@ class PlanNode(io.ComfyNode):
                 budget_input(),
             ],
             outputs=[
-                io.Image.Output(display_name="picture", tooltip="The tiles over the frame and the pieces over time."),
+                io.Image.Output(display_name="picture", tooltip="The tiles over the frame and the chunks over time."),
                 io.String.Output(display_name="report", tooltip="The plan in words. Its memory is a prediction."),
             ],
             is_output_node=True,

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...vae_core.metrics import FlickerMeter, frame_quality, phase_means
-from ...vae_core.metrics.frames import check_pair
+from ...vae_core.metrics import FlickerMeter, check_pair, frame_quality, phase_means
 from .chart import draw_quality
 from .wipe import MOST_FRAMES, SIDE, WipeRecorder
 
@@ -29,7 +28,7 @@ class Compared:
 
 
 class Comparison:
-    """Compares two clips of `frames` frames of `size` = (height, width) that pass by in pieces; the first is the truth.
+    """Compares two clips of `frames` frames of `size` = (height, width) that pass by in chunks; the first is the truth.
 
     labels: of the two. fps, side, most_frames: as in `WipeRecorder`. device: to compute PSNR and SSIM on, a frame at a
     time; None: the CPU. It holds figures and two frames, not the clips.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as field_of
 from itertools import islice
 from typing import Any
@@ -15,15 +15,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core import TilePlan
-from ...vae_core.families import VIDEO
-from ...vae_core.metrics import Borders, SeamMeter, SeamReading, chunk_borders
-from ...vae_core.nn.region import split
-from ...vae_core.run.stream import AnyPlan
+from ...vae_core.metrics import Borders, SeamMeter, SeamReading, chunk_borders, exact_borders
 from ..bridge.native import NativeVideoVAE, budget_bytes
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, describe, field
 from ..bridge.video_source import Clip, clip_of
-from ..bridge.wire import PIECE, image_of, images_of, pieces_of
+from ..bridge.wire import CHUNK, chunks_of, image_of, images_of
 from ..clips.encode import encode_clip
 from .frames import Comparison
 
@@ -53,7 +50,7 @@ class RoundTrip(io.ComfyNode):
                     io.MultiType,
                     "video",
                     types=[io.Image, io.Video],
-                    tooltip="The frames of one clip as IMAGE batch, or a VIDEO, which is read piece by piece. Any size "
+                    tooltip="The frames of one clip as IMAGE batch, or a VIDEO, which is read chunk by chunk. Any size "
                     "and number of frames.",
                 ),
                 field(
@@ -75,7 +72,8 @@ class RoundTrip(io.ComfyNode):
                     "frames that share a latent, and how visible the borders of tiles and chunks are.",
                 ),
                 io.String.Output(
-                    display_name="report", tooltip="What ran, in which pieces, exact or not, how long, how much memory."
+                    display_name="report",
+                    tooltip="What ran, in which chunks and tiles, exact or not, how long, how much memory.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -95,7 +93,7 @@ class RoundTrip(io.ComfyNode):
         images, done = torch.empty(source.frames, *source.size, 3), 0
         for part in parts:
             seams = seams or SeamMeter(told.borders)
-            for result in pieces_of(part):
+            for result in chunks_of(part):
                 original = torch.cat(list(islice(originals, result.shape[2])), dim=2)
                 comparison.add(original, result)
                 seams.update(result, original)
@@ -122,30 +120,27 @@ def _through_ours(vae: NativeVideoVAE, source: Clip, node_id: str, budget_gb: fl
     told.reports.append(f"encoding: {report}")
     run = Run(source.frames, node_id=node_id)
     single = vae.layout == "images"
-    pieces = vae.decode_pieces(
+    chunks = vae.decode_chunks(
         vae.video_latent(latent),
         run,
         frames=1 if single else source.frames,
         size=source.size,
         budget=budget_bytes(budget_gb),
     )
-    for piece in pieces:
-        told.borders = _borders(run.tiles, source, chunks=not single and vae.codec.model.family.latents.overlap > 0)
-        yield piece[0]
+    for chunk in chunks:
+        told.borders = _borders(vae, run, source)
+        yield chunk[0]
     told.reports.append(f"decoding: {run.finish()}")
 
 
-def _borders(tiles: AnyPlan, source: Clip, *, chunks: bool) -> Borders:
-    """Where a decode was joined: the edges of its tiles, and of its chunks in time."""
-    frames = chunk_borders(source.frames) if chunks else ()
-    if not isinstance(tiles, TilePlan):
-        return Borders(frames=frames)
-    cells = [VIDEO.cells(side) for side in source.size]
-    rows, columns = (
-        tuple((VIDEO.space * stop, VIDEO.space * stop) for _, stop in split((0, side), tile or side)[:-1])
-        for side, tile in zip(cells, tiles.sides, strict=True)
-    )
-    return Borders(rows=rows, columns=columns, frames=frames)
+def _borders(vae: NativeVideoVAE, run: Run, source: Clip) -> Borders:
+    """Where a decode was joined: the edges of its tiles, and of its chunks in time where they share frames."""
+    frames = vae.codec.model.family.frames
+    shared = vae.layout != "images" and frames.overlap > 0
+    chunks = chunk_borders(source.frames, first=frames.first, step=frames.step) if shared else ()
+    if not isinstance(run.tiles, TilePlan):
+        return Borders(frames=chunks)
+    return replace(exact_borders(run.tiles, source.size, vae.compression), frames=chunks)
 
 
 def _require_stock(vae: Any) -> comfy.sd.VAE:
@@ -165,15 +160,15 @@ def _through_stock(vae: comfy.sd.VAE, source: Clip, node_id: str, told: _Told) -
     run = Run(source.frames, node_id=node_id)
     run.begin(vae.device)
     whole = vae.latent_dim == 3
-    pieces = [torch.cat(list(source.read()), dim=2)] if whole else source.read()
-    for piece in pieces:
-        frames = images_of(piece)[0]
+    chunks = [torch.cat(list(source.read()), dim=2)] if whole else source.read()
+    for chunk in chunks:
+        frames = images_of(chunk)[0]
         part = _one_way(vae, frames)
         run.step(part.shape[0])
         yield part
     model = type(vae.first_stage_model).__name__
     run.note(f"{model}, {str(vae.vae_dtype).removeprefix('torch.')} on {vae.device}, run by ComfyUI")
-    run.note("all frames at once" if whole else f"{PIECE} frames at a time")
+    run.note("all frames at once" if whole else f"{CHUNK} frames at a time")
     run.note("exact or not: ComfyUI does not say whether it took tiles, which it blends")
     told.reports.append(run.finish())
 
@@ -190,7 +185,7 @@ def _one_way(vae: comfy.sd.VAE, frames: Tensor) -> Tensor:
     if result.shape != frames.shape:
         raise ValueError(
             f"The VAE gave frames of shape {tuple(result.shape)} for {tuple(frames.shape)} (frames, height, width, "
-            "colours), so the two cannot be compared. Use its own encode and decode nodes, and Compare Videos behind "
+            "colours), so the two cannot be compared. Use its own encode and decode nodes, and Compare Videos after "
             "them."
         )
     return result.clamp(0, 1)

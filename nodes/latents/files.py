@@ -36,7 +36,7 @@ _LAYOUT_WORDS = {"frames": "clip as frame batch", "video": "video 5-D", "images"
 _UNKNOWN_FPS = Fraction(24)  # stored where the rate is not known, with the text _FPS_KNOWN beside it
 _FPS_KNOWN = "fps_known"
 _MOST_TEXT = 8 << 20  # characters of workflow in one file
-_PIECE = 64  # latent frames written at a time
+_CHUNK = 64  # latent frames written at a time
 
 _log = logging.getLogger("cviv-vae")
 
@@ -173,7 +173,8 @@ class LoadVideoLatent(io.ComfyNode):
                     default=0,
                     min=0,
                     max=10**8,
-                    tooltip="How many latent frames to load: N decode to 4N-3 frames. 0 = to the end.",
+                    tooltip="How many latent frames to load: N decode to 4N-3 frames, of an image VAE to N. 0 = to "
+                    "the end.",
                 ),
                 field(
                     io.Combo,
@@ -240,8 +241,8 @@ def save_latent(
         clip_layout=meta.clip_layout,
         extra=meta.extra,
     ) as writer:
-        for piece in z.split(_PIECE, dim=2):
-            writer.write(piece)
+        for chunk in z.split(_CHUNK, dim=2):
+            writer.write(chunk)
         writer.finish(frames=meta.frames)
     if latent.get("noise_mask") is not None:
         _log.warning("The noise mask of the latent is not saved in %s.", path.name)
@@ -251,7 +252,8 @@ def save_latent(
 def _meta(z: Tensor, facts: Facts, layout: Layout, texts: Mapping[str, str]) -> LatentMeta:
     """What the file says: the facts, and where they are not known all that the latent decodes to."""
     known = {} if facts.fps is not None else {_FPS_KNOWN: "false"}
-    height, width = facts.size or (8 * z.shape[-2], 8 * z.shape[-1])
+    space = facts.compression.space
+    height, width = facts.size or (space * z.shape[-2], space * z.shape[-1])
     family: Any = facts.family
     return LatentMeta(
         family=family,
@@ -287,11 +289,6 @@ def _reuse(path: Path) -> dict[str, Any]:
 def _to_wire(z: Tensor, meta: LatentMeta, layout: Layout | None) -> dict[str, Any]:
     """A LATENT of (b, z, t, h, w); layout None: as it was saved."""
     layout = layout or meta.clip_layout or "video"
-    if layout == "frames" and meta.family == "iv-vae":
-        raise ValueError(
-            "This is a latent of an IV-VAE, and the frame batch is the layout of SD and SVD samplers, which would make "
-            "noise of it: choose 'video 5-D'."
-        )
     facts = Facts(
         family=meta.family,
         fps=meta.fps if _fps_known(meta) else None,
@@ -300,6 +297,11 @@ def _to_wire(z: Tensor, meta: LatentMeta, layout: Layout | None) -> dict[str, An
         width=meta.width,
         layout=layout,
     )
+    if layout == "frames" and facts.own_space:
+        raise ValueError(
+            f"This latent was made by {meta.family}, whose latent space is its own, and the frame batch is the layout "
+            "of SD and SVD samplers, which would make noise of it: choose 'video 5-D'."
+        )
     return make_latent(from_video(z, layout).contiguous(), facts, layout)
 
 

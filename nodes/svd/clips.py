@@ -13,10 +13,9 @@ import torch
 from comfy_api.latest import InputImpl
 from torch import Tensor
 
-from ...vae_core.families import VIDEO
+from ...vae_core.families import FAMILIES, VIDEO
 from ...vae_core.media.latents import open_latent
-from ...vae_core.svd.session import TrainingClip, augmented
-from ...vae_core.svd.trainer import LATENT_SCALE
+from ...vae_core.svd import LATENT_SCALE, TrainingClip, augmented
 from ..bridge.native import NativeVideoVAE
 from ..bridge.running import Run
 from ..bridge.video_source import VideoSource, open_video
@@ -65,14 +64,15 @@ class ClipMaker:
         for start in range(0, source.total - count + 1, count):
             first = next(iter(source.frames(start, 1)))  # 1 3 1 h w
             shape = (1, 3, count, self.height, self.width)
-            pieces = self.vae.encode_pieces(self._pieces(source, start, count), shape, Run(count, node_id=node_id))
-            z = torch.cat(list(pieces), dim=2)[0].movedim(1, 0)  # t c h w
+            chunks = self.vae.encode_chunks(self._chunks(source, start, count), shape, Run(count, node_id=node_id))
+            z = torch.cat(list(chunks), dim=2)[0].movedim(1, 0)  # t c h w
             yield z, self._scale(first).movedim(1, -1).add(1).div(2), float(source.fps)
 
     def _of_latent(self, file: Path, node_id: str | None) -> Iterator[tuple[Tensor, Tensor, float]]:
         """The beginning of a latent file; its first frame is decoded by the image VAE."""
         opened = open_latent(file)
-        if opened.meta.family != "cv-vae" or opened.shape[1] != CHANNELS:
+        family = FAMILIES[opened.meta.family]
+        if family.scaled or family.compression != VIDEO or opened.shape[1] != CHANNELS:
             raise ValueError(
                 f"{file.name} is a latent of {opened.meta.family} with {opened.shape[1]} channels, and SVD works on "
                 f"those of cv-vae with {CHANNELS}: encode the video with CV-VAE, or take the file out of the folder."
@@ -104,13 +104,13 @@ class ClipMaker:
             augmentation=level,
         )
 
-    def _pieces(self, source: VideoSource, start: int, count: int) -> Iterator[Tensor]:
-        for piece in source.frames(start, count):  # 1 3 t h w
-            yield self._scale(piece).movedim(0, 1).unsqueeze(0)
+    def _chunks(self, source: VideoSource, start: int, count: int) -> Iterator[Tensor]:
+        for chunk in source.frames(start, count):  # 1 3 t h w
+            yield self._scale(chunk).movedim(0, 1).unsqueeze(0)
 
-    def _scale(self, piece: Tensor) -> Tensor:
+    def _scale(self, chunk: Tensor) -> Tensor:
         """(1, 3, t, h, w) to (t, 3, height, width)."""
-        return comfy.utils.common_upscale(piece[0].movedim(1, 0), self.width, self.height, "bilinear", "center")
+        return comfy.utils.common_upscale(chunk[0].movedim(1, 0), self.width, self.height, "bilinear", "center")
 
 
 def training_files(folder: str) -> list[Path]:

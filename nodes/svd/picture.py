@@ -46,7 +46,7 @@ def draw_spans(spans: Sequence[Span], settings: LongSettings, fps: float) -> Ten
 
 def _title(spans: Sequence[Span], settings: LongSettings) -> str:
     if len(spans) == 1:
-        return f"{spans[0].length} latents in one piece"
+        return f"{spans[0].length} latents in one window"
     if settings.mode == "windows":
         return f"{len(spans)} windows in every step: {spans[-1].stop} latents, height = weight ({settings.fuse})"
     return f"{len(spans)} chunks, one after another: {spans[-1].stop} latents, height = how new a latent is"

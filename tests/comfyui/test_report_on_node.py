@@ -117,7 +117,7 @@ def check(found: dict[str, str]) -> None:
         said = found[type_]
         assert "5 frames in " in said
         assert "cv-vae, float32 on cpu" in said
-        assert "Whole frames; 1 piece" in said
+        assert "Whole frames; 1 chunk" in said
         assert "Result: exact" in said
         assert "RAM to work in: about" in said
         assert "RAM, all that ComfyUI holds included" in said or "no more RAM than before" in said
