@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.clip import Clip, laid_out
-from ..nn.steps import Context, Step, Streaming, walk
+from ..nn.steps import Context, Kernels, Memory, Step, Streaming, walk
 
 Direction = Literal["encode", "decode"]
 DIRECTIONS: tuple[Direction, Direction] = ("encode", "decode")
@@ -103,7 +103,7 @@ class Network(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One chunk by torch's own operators, as autograd and compilers want it: its moments or frames, and what the
         layers keep for the next; `held` is what they kept of the one before."""
-        at = Context(first=first, plain=True)
+        at = Context(memory=Memory(), kernels=Kernels(), first=first, plain=True)
         at.memory.restore(held)
         y = walk(self.steps(direction), Clip([laid_out(x)]), at, checkpointing=checkpointing).tensor()
         return y, at.memory.snapshot()

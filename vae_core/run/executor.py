@@ -134,6 +134,7 @@ class Pass:
         self._held: dict[str, Tensor] = {}  # what layers remember where whole frames run by torch's own operators
         self._progress: Progress | None = None
 
+    @torch.compiler.disable  # a compiler from outside, which would break on bookkeeping: `VideoVAE.compile` is the way
     def run(self, chunk: Tensor) -> Tensor:
         """Moments (b, 2z, t', h', w') of the next chunk, or its frames; `chunk` is laid out as clips are on its device.
 
@@ -175,7 +176,8 @@ class Pass:
         return run_blended(chunk, lambda tile: self._frame(laid_out(tile)), source=source, target=target)
 
     def _plain(self, chunk: Tensor, run: Compiled) -> Tensor:
-        out, self._held = run(self.direction, chunk, self._held, self._first)
+        first = self._first or not self._streams  # to others every chunk is the same kind
+        out, self._held = run(self.direction, chunk, self._held, first)
         return out
 
     def _frame(self, chunk: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...nn.clip import Clip, clip_of, empty, frames_of
+from ...nn.clip import Clip, clip_of, empty, frames_of, memory_format
 from ...nn.convolution import convolve, convolve_frames
 from ...nn.layers import FrameConv, conv_input, enlarge, enlarging_kernel, in_time
 from ...nn.norm import Activation, RMSNorm, summed
@@ -131,7 +131,7 @@ class SeparatedConv(Layer):
         front = at.memory.get(conv.slot, conv.weight.device)
         x, last, own = conv_input(clip, at, activation, NEIGHBOURS, front=front, keep=True)
         assert last is not None
-        at.memory.put(conv.slot, last.clone() if at.plain else last)
+        at.memory.put(conv.slot, last.clone(memory_format=memory_format(x.device)) if at.plain else last)
         if front is not None:
             first = None if self.conv_2d is None else self._frames(x[:, :, 1:], own, at)
             return halved(first, conv.later(x, own, at), at)
