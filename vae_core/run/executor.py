@@ -134,7 +134,6 @@ class Pass:
         self._held: dict[str, Tensor] = {}  # what layers remember where whole frames run by torch's own operators
         self._progress: Progress | None = None
 
-    @torch.compiler.disable  # a compiler from outside, which would break on bookkeeping: `VideoVAE.compile` is the way
     def run(self, chunk: Tensor) -> Tensor:
         """Moments (b, 2z, t', h', w') of the next chunk, or its frames; `chunk` is laid out as clips are on its device.
 

@@ -43,6 +43,7 @@ def run_chunks(
         del done
 
 
+@torch.compiler.disable  # a compiler from outside would break on bookkeeping; `VideoVAE.compile` compiles the network
 def _run_chunk(
     chunk: Tensor, work: Pass, recover: Recover | None, *, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
