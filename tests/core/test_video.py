@@ -353,7 +353,7 @@ FULL_DISK = """
 import resource, sys
 from fractions import Fraction
 import torch
-from vae_core.video import VideoWriter
+from vae_core.media.video import VideoWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 torch.manual_seed(0)
 noise = torch.rand(1, 3, 12, 96, 96) * 2 - 1
@@ -388,7 +388,7 @@ def test_a_full_disk_is_an_error_at_every_point(tmp_path: Path) -> None:
 
 READ_ALL = """
 import resource, sys
-from vae_core.video import read_frames
+from vae_core.media.video import read_frames
 count = sum(piece.shape[2] for piece in read_frames(sys.argv[1]))
 print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
