@@ -42,7 +42,7 @@ class Coding:
     def to_rgb(self, luma: Tensor, blue: Tensor | None, red: Tensor | None) -> Tensor:
         """(3, h, w) in [-1, 1], clamped, of planes of one size; blue, red: Cb and Cr (Cg and Co), None for grey."""
         black, span, middle, chroma_span = self._scales
-        y = luma.sub(black).mul_(2 / span).sub_(1)
+        y = luma.sub(black).div_(span / 2).sub_(1)  # divided, so that white is exactly 1
         out = y.new_empty(3, *y.shape)
         if blue is None or red is None:
             out.copy_(y.expand_as(out))

@@ -6,11 +6,12 @@ Tensors are (1, 3, t, H, W), RGB, float32 in [-1, 1]. Sizes are (height, width),
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import av
@@ -34,7 +35,8 @@ from .writer import VideoWriter
 
 __all__ = [
     "OUTPUT_SUFFIXES", "Codec", "Container", "VideoInfo", "VideoWriter", "check_output_name", "checked_stop",
-    "frame_times", "is_variable", "losses", "probe", "read_frames", "timeline_of", "to_uint8",
+    "frame_times", "is_variable", "losses", "probe", "read_frames", "read_shown", "timeline_of",
+    "to_uint8",
 ]  # fmt: skip
 
 _DEFAULT_FPS = Fraction(25)  # of a still image, which has no rate of its own
@@ -154,8 +156,18 @@ def read_frames(
         )
     timeline = timeline_of(path, None if frames is None else start + frames)
     stop = checked_stop(path, timeline, start, frames, skip_damage=skip_damage)
+    yield from read_shown(path, timeline, range(start, stop), piece, hdr)
+
+
+def read_shown(
+    path: Path, timeline: Timeline, frames: Sequence[int], piece: int = 4, hdr: Hdr = "tone-map"
+) -> Iterator[Tensor]:
+    """Frames of a timeline by their numbers, which do not fall and may repeat, as `read_frames` gives them.
+
+    What is missing shows the frame before; whether it may is the caller's business.
+    """
     held: list[Tensor] = []
-    with closing(_chosen(path, timeline, range(start, stop), hdr)) as pictures:
+    with closing(_chosen(path, timeline, frames, hdr)) as pictures:
         for picture in pictures:
             held.append(picture)
             if len(held) == piece:
@@ -211,23 +223,21 @@ def losses(info: VideoInfo, hdr: Hdr = "tone-map") -> list[str]:
 # ---------------------------------------------------------------------------------------------------- helpers
 
 
-def _chosen(path: Path, timeline: Timeline, frames: range, hdr: Hdr) -> Generator[Tensor]:
+def _chosen(path: Path, timeline: Timeline, frames: Sequence[int], hdr: Hdr) -> Generator[Tensor]:
     """The pictures (3, H, W) of frames of the timeline; one that is missing is the one before once more."""
-    numbers = [timeline.pictures[frame] for frame in frames]
-    if numbers[0] < 0:  # the last one before, for it is repeated
-        numbers[0] = max(timeline.pictures[frame] for frame in range(frames.start))
+    shown = list(accumulate(timeline.pictures, max))  # for each frame its picture, or that of the one before
     last: Tensor | None = None
-    at = -1
+    at, of = -1, -1  # the picture that was decoded last, and that of `last`
     with closing(_pictures(path, timeline, hdr)) as pictures:
-        for frame, number in zip(frames, numbers, strict=True):
-            if number >= 0:
+        for frame in frames:
+            if shown[frame] != of:
                 make = None
-                while at < number:
-                    at, make = next(pictures, (len(timeline.pictures), None))
-                if make is None:
+                while at < shown[frame]:
+                    at, make = next(pictures, (len(shown), None))
+                if make is None or at != shown[frame]:
                     raise VideoError(f"{path}: changed while it was being read; try again.")
-                last = make(frame)
-            assert last is not None  # the first frame of a timeline has a picture
+                last, of = make(frame), at
+            assert last is not None
             yield last
 
 
