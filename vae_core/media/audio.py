@@ -23,7 +23,7 @@ from av.packet import Packet
 from ..atomic import atomic_write
 from .opening import media_url, open_media, sound_stream
 from .scanning import moved
-from .sound import LAYOUTS, Sound
+from .sound import LAYOUTS, Sound, finely_timed
 from .timeline import Shifts
 
 _MP4 = frozenset({"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"})
@@ -108,7 +108,7 @@ class AudioTrack:
 
     def _begin(self, stream: AudioStream) -> Iterator[Packet[AudioStream]]:
         context = stream.codec_context
-        name, form = context.name, self._output.format.name
+        name, form = context.codec.canonical_name, self._output.format.name
         allowed = _COPIED.get(form, self._output.supported_codecs)
         listed = name in allowed or (form == "mov" and name.startswith(_PCM_IN_MOV))
         self.copied = listed and _takes(self._output, self._source)
@@ -159,7 +159,7 @@ class AudioTrack:
             with contextlib.suppress(FFmpegError):  # a damaged packet is a gap, not the end of the film
                 frames = stream.codec_context.decode(packet)
             for frame in frames:
-                for part in resampler.resample(frame):
+                for part in resampler.resample(finely_timed(frame)):
                     yield from target.encode(part)
         for part in resampler.resample(None):
             yield from target.encode(part)

@@ -11,7 +11,6 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.stream import Disposition, Stream
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
@@ -93,9 +92,9 @@ def has_no_times(container: InputContainer) -> bool:
     return bool(int(container.format.flags) & _NO_TIMES)
 
 
-def stamp_of(frame: VideoFrame) -> int | None:
-    """When a decoded frame is shown, in units of its stream; by the order of decoding where the file says no more."""
-    return frame.dts if frame.pts is None else frame.pts
+def keeps_order_only(container: InputContainer) -> bool:
+    """Whether the format has times for the order of decoding alone; what the libraries make of them is guessed."""
+    return container.format.name == "avi"
 
 
 def reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ USUAL = tuple(
 )
 _NEAR = Fraction(1, 2000)  # of a rate: closer than this, a usual one is meant (23.976 and 24 are twice as far apart)
 _FASTEST = Fraction(1000)
+_STUMBLES = Fraction(1, 25)  # of the frames
 
 
 def snapped(rate: Fraction) -> Fraction:
@@ -60,8 +61,18 @@ def constant_rate(
 
 
 def keeps_to(stamps: Sequence[int], unit: Fraction, rate: Fraction) -> bool:
-    """Whether no frame is more than half a frame away from the even grid of `rate`, and together not half a frame."""
-    return furthest(stamps, unit, rate) * rate <= HALF
+    """Whether frames are no more than half a frame away from the even grid of `rate`.
+
+    A few may be up to two frames away: MPEG program streams time only some of their frames, and stumble over others.
+    """
+    away = furthest(stamps, unit, rate) * rate
+    return away <= HALF or (away <= 2 and len(off_grid(stamps, unit, rate)) <= len(stamps) * _STUMBLES)
+
+
+def off_grid(stamps: Sequence[int], unit: Fraction, rate: Fraction) -> list[int]:
+    """The frames that are more than half a frame away from the even grid of `rate`."""
+    step = 1 / (rate * unit)
+    return [n for n, stamp in enumerate(stamps) if abs(stamp - stamps[0] - n * step) > step / 2]
 
 
 def is_variable(times: Sequence[Fraction], fps: Fraction) -> bool:

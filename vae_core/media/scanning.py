@@ -27,11 +27,11 @@ from .opening import (
     check_file,
     has_no_times,
     is_still,
+    keeps_order_only,
     open_media,
     picture_stream,
     reason,
     sound_stream,
-    stamp_of,
     times_may_jump,
 )
 from .timeline import Announced, Picture, Shifts, Timeline, build
@@ -117,12 +117,13 @@ class _Facts:
     error: str = ""
     interlaced: bool = False
     goes_back: bool = False
+    guessed: bool = False  # a picture has no time of its own, and that of its packet is right without threads only
     whole: bool = True
 
     @property
     def clean(self) -> bool:
         """Whether every packet became a picture and nothing was complained of."""
-        if self.error or any(picture.flawed for picture in self.pictures):
+        if self.error or self.guessed or any(picture.flawed for picture in self.pictures):
             return False
         last = max((picture.stamp or 0 for picture in self.pictures), default=0)
         due = sum(self.whole or (packet.stamp or 0) <= last for packet in self.announced)
@@ -201,7 +202,8 @@ def _pictures(
     """
     stream.thread_type = "AUTO" if threads else "SLICE"
     last: int | None = None
-    timeless = has_no_times(container)
+    timeless, ordered = has_no_times(container), keeps_order_only(container)
+    facts.guessed |= threads and ordered
 
     def decode(packet: Packet[VideoStream] | None) -> Iterator[VideoFrame]:
         try:
@@ -210,7 +212,8 @@ def _pictures(
             facts.error = facts.error or reason(error)
             return
         for frame in frames:
-            stamp = None if timeless else stamp_of(frame)
+            stamp = None if timeless else frame.dts if ordered or frame.pts is None else frame.pts
+            facts.guessed |= threads and not timeless and frame.pts is None
             facts.pictures.append(Picture(stamp, frame.is_corrupt, (frame.height, frame.width), frame.key_frame))
             facts.interlaced |= frame.interlaced_frame
             yield frame
@@ -222,7 +225,8 @@ def _pictures(
                 facts.goes_back |= last is not None and (last - packet.dts) * packet.time_base > _BACK
                 last = packet.dts
             if not packet.is_discard:
-                facts.announced.append(Announced(None if timeless else packet.pts, packet.duration or 0))
+                shown = None if timeless or ordered else packet.pts
+                facts.announced.append(Announced(shown, packet.duration or 0))
             yield from decode(packet)
     except FFmpegError as error:  # the container itself is damaged: what was read so far is all there is
         facts.error = facts.error or reason(error)

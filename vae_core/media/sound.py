@@ -69,7 +69,7 @@ def read_sound(
                     return None
                 rate = rate or frame.sample_rate  # not known before it is decoded, as in some transport streams
                 collected = _Collected(first, rate, None if end is None else round((end - first) * rate))
-            for part in resampler.resample(frame):
+            for part in resampler.resample(None if frame is None else finely_timed(frame)):
                 collected.add(part)
             if collected.full:
                 break
@@ -85,6 +85,14 @@ def sound_frames(container: InputContainer, stream: AudioStream, shifts: Shifts)
     with contextlib.suppress(FFmpegError):
         yield from stream.codec_context.decode(None)
     yield None
+
+
+def finely_timed(frame: AudioFrame) -> AudioFrame:
+    """The frame with its time in samples: units of the container may be so coarse that what is cut from it has none."""
+    if frame.pts is not None and frame.time_base is not None:
+        frame.pts = round(frame.pts * frame.time_base * frame.sample_rate)
+        frame.time_base = Fraction(1, frame.sample_rate)
+    return frame
 
 
 class _Collected:

@@ -12,7 +12,7 @@ from statistics import median_low
 from typing import NamedTuple
 
 from ..errors import VideoError
-from .rates import constant_rate, furthest, on_grid
+from .rates import constant_rate, furthest, off_grid, on_grid
 
 _ROUNDED = Fraction(1, 500)  # seconds
 Shifts = tuple[tuple[int, Fraction], ...]  # (number of a packet, seconds by which it and those after it are moved)
@@ -188,14 +188,14 @@ def build(
     known = sorted(packet.stamp for packet in packets if packet.stamp is not None)
     evidence = bool(errors) or any(picture.flawed for picture in pictures[first:])
     lead, after, lost = first, 0, list[int]()
-    if not numbered and (evidence or not hidden):
+    if known and not numbered and (evidence or not hidden):
         seen = {picture.stamp for picture in pictures}
         near = usual * (_LATER if evidence else _ALONE)
         alone = [stamp for stamp in known if stamp not in seen and _distance(stamps, stamp) >= near]
         lead += sum(stamp < stamps[0] for stamp in alone)
         after = sum(stamp > stamps[-1] for stamp in alone) if whole else 0
         lost = [stamp for stamp in alone if stamps[0] < stamp < stamps[-1]]
-    elif numbered and evidence:
+    elif evidence and not known:
         lost = _gaps(stamps, usual)
     frames = sorted([*((stamp, first + n) for n, stamp in enumerate(stamps)), *((stamp, -1) for stamp in lost)])
     numbers = array("q", (number for _, number in frames))
@@ -203,8 +203,10 @@ def build(
     placed = array("q", (stamp for stamp, _ in frames))
     end = placed[-1] + (last if ends and last > 0 else 0)
     fps, even = constant_rate(placed, unit, rates, end if end > placed[-1] else None)
-    if end == placed[-1]:
-        end += max(1, last if not even and last > 0 else round(1 / fps / unit))
+    for frame in off_grid(placed, unit, fps) if even else ():
+        placed[frame] = placed[0] + round(frame / (fps * unit))
+    if end <= placed[-1]:
+        end = placed[-1] + max(1, last if not even and last > 0 else round(1 / fps / unit))
     size = pictures[first].size
     changes = ((frame, pictures[n].size) for frame, n in enumerate(numbers) if n >= 0 and pictures[n].size != size)
     resized = next((Resized(frame, size, other) for frame, other in changes), None)

@@ -116,7 +116,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
             duration=None if still else _duration(container, stream),
             aspect=look.orientation.aspect(look.aspect),
             codec=stream.codec_context.name,
-            audio_codec=None if sound is None else sound.codec_context.name,
+            audio_codec=None if sound is None else sound.codec_context.codec.canonical_name,
             channels=0 if sound is None else sound.channels,
             sounds=sum(has_decoder(track) for track in container.streams.audio),
             still=still,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import VideoError
 from ..media.animation import first_picture, is_animated
-from ..media.opening import check_file, has_no_times, picture_stream, reason, stamp_of
+from ..media.opening import check_file, has_no_times, keeps_order_only, picture_stream, reason
 from ..media.pixels import ToRGB, look_of
 from ..media.rates import snapped
 from ..media.scanning import decoded, scan
@@ -37,7 +37,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 class _UndecodableError(TrainingDataError):
-    """A frame that the file announces cannot be decoded."""
+    """What the file announces of its frames does not hold, or is not enough: it must be decoded to know them."""
 
 
 def clip_rate(clip: ClipFile) -> Fraction:
@@ -81,7 +81,7 @@ def read_picked(clip: ClipFile, pick: Pick, *, threads: int = 1, whole: bool = F
             for number, frame in enumerate(_frames(container, stream)):
                 if not missing:
                     return
-                if missing[0] == (number if numbered else stamp_of(frame)):
+                if missing[0] == (number if numbered else frame.pts):
                     missing.popleft()
                     if converter is None:
                         look = look_of(container, stream, frame, file, clip.name, "tone-map")
@@ -177,11 +177,12 @@ def _times(clip: ClipFile) -> tuple[array[int], bool]:
             packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
         except FFmpegError as error:
             raise VideoError(f"{clip.name}: is damaged ({reason(error)}).") from error
-        known = [packet.pts for packet in packets if packet.pts is not None]
+        timeless = has_no_times(container) or keeps_order_only(container)
+        known = [] if timeless else [packet.pts for packet in packets if packet.pts is not None]
         decoding = [packet.dts for packet in packets if packet.dts is not None]
-        if len(known) < len(packets) or not known or stream.time_base is None or has_no_times(container):
+        if len(known) < len(packets) or not known or stream.time_base is None:
             if clip.start or clip.end is not None:
-                raise TrainingDataError(f"{clip.name}: keeps no times, so no part of it can be chosen.")
+                raise _UndecodableError(f"{clip.name}: keeps no times of its own.")
             return array("q", range(len(packets))), True
         if any(later < earlier for earlier, later in itertools.pairwise(decoding)):
             raise _UndecodableError(f"{clip.name}: has time stamps that start again.")
