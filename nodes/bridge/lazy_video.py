@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...vae_core.errors import VideoError
-from ...vae_core.media.audio import Sound
+from ...vae_core.media.sound import Sound
 from ...vae_core.media.video import Codec, Container, VideoWriter
 from .schema import check_choice
 
@@ -43,7 +43,7 @@ class LazyVideo(Input.Video):
     stop - 1 as (t, height, width, 3) in 0..1, in pieces of any length, and is closed when its reader stops early.
     byte_frames: the same in 0..255 as uint8, for files of 8 bits, each piece good until the next is asked for; None:
     `frames` serves them, too. audio: a ComfyUI AUDIO of the whole video, or None. crf: quality of the file where the
-    one who saves it asks for none.
+    one who saves it asks for none. aspect: width to height of a pixel.
     """
 
     def __init__(
@@ -57,12 +57,13 @@ class LazyVideo(Input.Video):
         byte_frames: Frames | None = None,
         audio: Audio | None = None,
         crf: float = CRF,
+        aspect: Fraction = Fraction(1),
         first_frame: int = 0,
     ) -> None:
         self._frames, self._byte_frames = frames, byte_frames
         self._width, self._height = width, height
         self._first, self._count, self._rate = first_frame, frame_count, Fraction(frame_rate)
-        self._audio, self._crf = audio, crf
+        self._audio, self._crf, self._aspect = audio, crf, aspect
         self._file: str | None = None
 
     def __repr__(self) -> str:
@@ -92,6 +93,10 @@ class LazyVideo(Input.Video):
     def get_container_format(self) -> str:
         """The container that `get_stream_source` writes, spelt as PyAV spells it."""
         return "mov,mp4,m4a,3gp,3g2,mj2"
+
+    def get_pixel_aspect(self) -> Fraction:
+        """Width to height of a pixel; ComfyUI knows only square ones."""
+        return self._aspect
 
     def get_bit_depth(self) -> int:
         """Bits per channel that are written where nothing else is asked for."""
@@ -155,6 +160,7 @@ class LazyVideo(Input.Video):
             byte_frames=self._byte_frames,
             audio=self._audio,
             crf=self._crf,
+            aspect=self._aspect,
             first_frame=self._first + first,
         )
 
@@ -187,6 +193,7 @@ class LazyVideo(Input.Video):
             target,
             fps=self._rate,
             size=(self._height, self._width),
+            aspect=self._aspect,
             audio=_sound(self.audio_of()),
             crf=self._crf if crf is None else crf,
             container=container,

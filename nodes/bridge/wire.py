@@ -29,7 +29,7 @@ class Facts:
     """What is known of the video behind a latent; None where it is not known.
 
     family: of the VAE that made it. fps: frames per second. frames, height, width: true length and size in frames and
-    pixels, before any padding. layout: how `samples` is laid out.
+    pixels, before any padding. aspect: width to height of a pixel. layout: how `samples` is laid out.
     """
 
     family: str | None = None
@@ -37,6 +37,7 @@ class Facts:
     frames: int | None = None
     height: int | None = None
     width: int | None = None
+    aspect: Fraction | None = None
     layout: Layout | None = None
 
     @property
@@ -92,6 +93,7 @@ def read_facts(latent: Mapping[str, Any]) -> Facts:
         frames=frames,
         height=height,
         width=width,
+        aspect=_fraction(raw.get("aspect")),
         layout=layout,
     )
 
@@ -104,6 +106,7 @@ def make_latent(samples: Tensor, facts: Facts, layout: Layout, base: Mapping[str
         "frames": facts.frames,
         "height": facts.height,
         "width": facts.width,
+        "aspect": None if facts.aspect in (None, 1) else str(facts.aspect),
         "layout": layout,
     }
     return {

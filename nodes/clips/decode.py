@@ -206,6 +206,7 @@ class DecodeToVideo(io.ComfyNode):
             frame_rate=rate_of(fps) or facts.fps or DEFAULT_FPS,
             audio=audio,
             crf=crf,
+            aspect=facts.aspect or Fraction(1),
         )
         return io.NodeOutput(video)
 

@@ -38,6 +38,18 @@ def _drawing_inputs() -> list[Any]:
     ]
 
 
+def _skip_damage_input() -> Any:
+    return field(
+        io.Boolean,
+        "skip_damage",
+        default=False,
+        optional=True,
+        tooltip="Where frames of a damaged file are missing, show the one before and go on; the report says how many. "
+        "Off: an error that says which frames can be used.",
+        advanced=True,
+    )
+
+
 def encode_clip(
     vae: NativeVideoVAE, clip: Clip, node_id: str, *, mode: str, seed: int, budget_gb: float
 ) -> tuple[dict[str, Any], str]:
@@ -61,8 +73,16 @@ def encode_clip(
     ]
     samples = from_video(torch.cat(latents, dim=0 if vae.layout == "images" else 2), vae.layout)
     facts = Facts(
-        family=vae.codec.family, fps=clip.fps, frames=run.done, height=clip.height, width=clip.width, layout=vae.layout
+        family=vae.codec.family,
+        fps=clip.fps,
+        frames=run.done,
+        height=clip.height,
+        width=clip.width,
+        aspect=clip.aspect,
+        layout=vae.layout,
     )
+    for sentence in clip.told:
+        run.note(sentence)
     run.note(
         f"{run.done} frames of {clip.width}x{clip.height} to {tuple(samples.shape)}"
         + ("" if mode == "mean" else f", drawn with seed {seed}")
@@ -100,6 +120,7 @@ class Encode(io.ComfyNode):
                     tooltip="Frames per second to remember with the latent. 0 = that of the VIDEO; images have none.",
                 ),
                 budget_input(),
+                _skip_damage_input(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="Unscaled for CV-VAE, as samplers expect."),
@@ -113,10 +134,17 @@ class Encode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae: Any, images: Any, mode: str, sample_seed: int, fps: float, memory_budget_gb: float
+        cls,
+        vae: Any,
+        images: Any,
+        mode: str,
+        sample_seed: int,
+        fps: float,
+        memory_budget_gb: float,
+        skip_damage: bool = False,
     ) -> io.NodeOutput:
         vae = require(vae)
-        clip = clip_of(images, "images")
+        clip = clip_of(images, "images", skip_damage=skip_damage)
         clip = replace(clip, fps=rate_of(fps) or clip.fps)
         latent, report = encode_clip(
             vae, clip, cls.hidden.unique_id, mode=mode, seed=sample_seed, budget_gb=memory_budget_gb
@@ -156,6 +184,7 @@ class EncodeVideo(io.ComfyNode):
                     tooltip="How many frames to encode. 0 = to the end.",
                 ),
                 budget_input(),
+                _skip_damage_input(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="With count, size and frame rate of what was encoded."),
@@ -181,9 +210,10 @@ class EncodeVideo(io.ComfyNode):
         first_frame: int,
         frame_count: int,
         memory_budget_gb: float,
+        skip_damage: bool = False,
     ) -> io.NodeOutput:
         vae = require(vae)
-        source = open_video(video)
+        source = open_video(video, skip_damage=skip_damage)
         count = frame_count or None
         clip = source.clip("video", first_frame, count)
         latent, report = encode_clip(
