@@ -12,12 +12,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core.windows import SPACE, TIME, latent_frames
-from ..bridge.native import NativeVideoVAE
 from ..bridge.schema import describe, field
 from ..bridge.wire import Facts, make_latent, pixels_of, whole_frames
+from .anchor import CHANNELS, check_readers, encode_pictures, see_pictures, with_noise
 from .windows import TRAINED
 
-CHANNELS = 4  # of SVD's latent space
 _LARGEST_SIDE = 16384
 
 
@@ -72,11 +71,11 @@ class SVDConditioning(io.ComfyNode):
         augmentation_level: float,
         augmentation_seed: int,
     ) -> io.NodeOutput:
-        _check_models(clip_vision, image_vae)
+        check_readers(clip_vision, image_vae)
         pixels = pixels_of(image)
         latents = latent_frames(frames)
         scaled = _scale(pixels, width, height)
-        shown = _encode(image_vae, _augment(scaled, augmentation_level, augmentation_seed))
+        shown = encode_pictures(image_vae, with_noise(scaled, augmentation_level, augmentation_seed))
         seen = _see(clip_vision, pixels, latents)
         told = {
             "motion_bucket_id": motion_bucket_id,
@@ -162,20 +161,6 @@ def _motion_inputs() -> list[Any]:
     ]
 
 
-def _check_models(clip_vision: Any, image_vae: Any) -> None:
-    """Raise ValueError for a model that cannot make SVD's conditions."""
-    if clip_vision is None:
-        raise ValueError(
-            "There is no CLIP vision model: this checkpoint holds none. Load an SVD checkpoint with Image Only "
-            "Checkpoint Loader, or a CLIP vision file (ViT-H) with Load CLIP Vision."
-        )
-    if isinstance(image_vae, NativeVideoVAE) and image_vae.codec.family != "cv-vae":
-        raise ValueError(
-            f"The image VAE is {image_vae.codec.family}, whose latent space is not SVD's: SVD would see noise. Connect "
-            "the VAE of Image Only Checkpoint Loader, or a CV-VAE with 4 channels."
-        )
-
-
 def _scale(pixels: Tensor, width: int, height: int) -> Tensor:
     """(n, h, w, 3) covering the size and cut to its middle; edges are repeated up to whole latents."""
     scaled = comfy.utils.common_upscale(pixels.movedim(-1, 1), width, height, "bilinear", "center")
@@ -183,32 +168,9 @@ def _scale(pixels: Tensor, width: int, height: int) -> Tensor:
     return padded.movedim(1, -1)
 
 
-def _augment(pixels: Tensor, level: float, seed: int) -> Tensor:
-    """`pixels` with `level` of noise, drawn from `seed`."""
-    if not level:
-        return pixels
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed), dtype=pixels.dtype)
-    return pixels + noise.to(pixels.device) * level
-
-
-def _encode(vae: Any, pixels: Tensor) -> Tensor:
-    """(n, 4, h, w): each image by itself, whatever the VAE makes of a batch."""
-    latents = []
-    for picture in pixels.split(1):
-        latent = vae.encode(picture)
-        latent = latent[:, :, 0] if latent.ndim == 5 else latent
-        if latent.ndim != 4 or latent.shape[1] != CHANNELS:
-            raise ValueError(
-                f"The image VAE made a latent of shape {tuple(latent.shape)}; SVD takes {CHANNELS} channels at an "
-                "eighth of the size. Connect the VAE of Image Only Checkpoint Loader, or a CV-VAE with 4 channels."
-            )
-        latents.append(latent)
-    return torch.cat(latents)
-
-
 def _see(clip_vision: Any, pixels: Tensor, latents: int) -> Tensor:
     """CLIP's embedding: (1, 1, d) of one image, (latents, 1, d) of keyframes."""
-    embeds = clip_vision.encode_image(pixels).image_embeds.unsqueeze(1)  # n 1 d
+    embeds = see_pictures(clip_vision, pixels)
     return embeds if embeds.shape[0] == 1 else comfy.utils.resize_to_batch_size(embeds, latents)
 
 

@@ -40,6 +40,7 @@ LONG = {
     "drift_control": 0.0,
     "time_offset": False,
     "min_cfg": 0.0,
+    "window_schedule": "still",
 }
 
 
