@@ -21,6 +21,7 @@ MODULES = (
     "compare.round_trip",
     "svd.conditioning",
     "svd.long",
+    "svd.chunk_store",
     "svd.adapter",
     "svd.training",
 )

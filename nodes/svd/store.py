@@ -121,7 +121,8 @@ class ChunkStore:
 
     def _note(self, name: str) -> None:
         self._now.append(name)
-        listed = [*self._now, *self._before[len(self._now) :]]
+        count = len(self._now)  # the rest of an older run follows only where it began the same
+        listed = [*self._now, *(self._before[count:] if self._before[:count] == self._now else [])]
         try:
             with atomic_write(self._folder / _LIST) as hidden:
                 hidden.write_text(json.dumps({"chunks": listed}), encoding="utf-8")

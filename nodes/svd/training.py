@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,11 @@ from ..bridge.native import NativeVideoVAE, require
 from ..bridge.running import show_text
 from ..bridge.schema import check_choice, describe, field
 from ..bridge.wire import image_of
-from ..latents.paths import DEVICE_NAME
 from .adapter import FOLDER, added_outputs, checkpoint_layer
 from .clips import ClipMaker, check_size, training_files, training_folder
 from .model import check_svd
+from .names import check_name
 
-_NAME = re.compile(r"\w[\w .-]{0,79}")
 _log = logging.getLogger("cviv-vae")
 
 
@@ -61,7 +59,7 @@ class TrainSVDAdapter(io.ComfyNode):
     def validate_inputs(cls, save_name: str | None = None, folder: str | None = None) -> bool | str:
         try:
             if save_name is not None:  # None: it comes through a link
-                check_name(save_name)
+                _check_save_name(save_name)
             if folder is not None:
                 training_folder(folder)
         except ValueError as error:
@@ -124,7 +122,7 @@ class Places:
     @classmethod
     def of(cls, name: str, resume: bool) -> Places:
         """Those of `name`, in folders that exist. Raises ValueError for a name that is taken, unless it is resumed."""
-        check_name(name)
+        _check_save_name(name)
         adapters = Path(folder_paths.get_folder_paths(FOLDER)[0])
         kept = Path(folder_paths.get_output_directory()) / "adapters"
         places = cls(
@@ -215,13 +213,8 @@ def network_features(model: Any, clip: TrainingClip, drawn: Draw) -> tuple[Tenso
         handle.remove()
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError unless `name` is a plain file name on every system."""
-    if not _NAME.fullmatch(name) or name[-1] in " ." or DEVICE_NAME.fullmatch(name) or len(name.encode()) > 200:
-        raise ValueError(
-            f"The save_name is {name[:100]!r}: give a plain name of up to 80 letters, digits, blanks, dots, - and _, "
-            "such as svd_cv_vae_97; it is not a path, and the ending is added."
-        )
+def _check_save_name(name: str) -> None:
+    check_name("save_name", name, "svd_cv_vae_97", "it is not a path, and the ending is added")
 
 
 def _fingerprint(files: list[Path], frames: int, width: int, height: int) -> str:
