@@ -22,6 +22,9 @@ MODULES = (
     "svd.conditioning",
     "svd.long",
     "svd.chunk_store",
+    "svd.end_image",
+    "svd.extend",
+    "svd.loop",
     "svd.adapter",
     "svd.training",
 )

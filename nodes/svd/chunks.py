@@ -41,6 +41,10 @@ class Chunks:
         self.spans = settings.spans(job.noise.shape[0], _skipped(self.mask, settings.overlap))
         self.store = ChunkStore(store)
         self.made: list[Chunk] = []
+        first = self.spans[0].start  # a clip that is made longer sets the motion
+        self.before = (
+            [motion_of(job.latent[max(0, first - settings.length) : first + settings.overlap])] if first else []
+        )
         # as ComfyUI hands latents over, and the same without noise where the run ends early
         self.out = job.latent.float().clone()
         self.clean = self.out.clone() if self.noise_left else self.out
@@ -61,7 +65,7 @@ class Chunks:
             for number, span in enumerate(self.spans):
                 mm.throw_exception_if_processing_interrupted()
                 options[START] = self.run.start = span.start
-                self.run.newest, self.run.carried = None, bool(span.known)
+                self.run.newest, self.run.carried = None, bool(span.known or span.start)
                 self.run.end = end if number + 1 == len(self.spans) else None
                 self.run.rise = _rise(number, span)
                 chunk, found = self._chunk(number, span, conds, told)
@@ -89,7 +93,7 @@ class Chunks:
         if found is None:
             job = self._job(number, span, seed, told)
             key = fingerprint(
-                self.base, [chunk.key for chunk in self.made], (number, span.start, span.length, span.known), seed,
+                self.base, self.before, [chunk.key for chunk in self.made], number, vars(span), seed,
                 job.noise, job.latent, job.mask, conds, self.run.end,
             )  # fmt: skip
             found = self.store.find(number, key)
@@ -97,7 +101,8 @@ class Chunks:
             told.skip(self.job.steps)
             _log.info("chunk %d of %d was finished before", number + 1, len(self.spans))
             return found, True
-        anchor = Anchor(self.settings.anchor, self.reader, self.clean[span.start : span.start + span.known], seed or 0)
+        carried = self.clean[span.start : span.start + (span.known or self.settings.overlap)]
+        anchor = Anchor(self.settings.anchor, self.reader, carried, seed or 0)
         self.guider.conds = {
             name: [self._entry(entry, span, anchor) for entry in entries] for name, entries in conds.items()
         }
@@ -187,10 +192,11 @@ class Chunks:
         latents, image = self.job.noise.shape[0], entry.get("concat_latent_image")
         entry = entry_of(entry, latents, range(span.start, span.stop))
         if self.settings.steady and "motion_bucket_id" in entry:
-            entry["motion_bucket_id"] = bucket_for(entry["motion_bucket_id"], [chunk.motion for chunk in self.made])
+            motions = [*self.before, *(chunk.motion for chunk in self.made)]
+            entry["motion_bucket_id"] = bucket_for(entry["motion_bucket_id"], motions)
         if not isinstance(image, Tensor):
             return entry
-        if span.known and has_image(image) and anchor.moves:
+        if (span.known or span.start) and has_image(image) and anchor.moves:
             return {**entry, **anchor.told(image, span.length, entry.get("augmentation_level", 0.0))}
         if image.shape[0] > 1:  # keyframes, held as ComfyUI would hold them over the whole clip
             held = comfy.utils.resize_to_batch_size(image, latents)

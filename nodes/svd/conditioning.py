@@ -15,8 +15,10 @@ from ...vae_core.windows import SPACE, TIME, latent_frames
 from ..bridge.schema import describe, field
 from ..bridge.wire import Facts, make_latent, pixels_of, whole_frames
 from .anchor import CHANNELS, check_readers, encode_pictures, see_pictures, with_noise
+from .motion import MOST
 from .windows import TRAINED
 
+FEWEST_RATE, MOST_RATE = 5, 30  # frames per second that SVD knows
 _LARGEST_SIDE = 16384
 
 
@@ -45,7 +47,7 @@ class SVDConditioning(io.ComfyNode):
                     tooltip="Encodes the image: SVD's own VAE from Image Only Checkpoint Loader, or a CV-VAE.",
                 ),
                 *_size_inputs(),
-                *_motion_inputs(),
+                *motion_inputs(),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="For the sampler."),
@@ -92,7 +94,7 @@ class SVDConditioning(io.ComfyNode):
             width=width,
         )
         empty = torch.zeros(latents, CHANNELS, scaled.shape[1] // SPACE, scaled.shape[2] // SPACE)
-        report = _report(pixels, facts, empty, told["fps"])
+        report = _report(pixels, facts, empty, told)
         return io.NodeOutput(positive, negative, make_latent(empty, facts, "frames"), report)
 
 
@@ -128,7 +130,8 @@ def _size_inputs() -> list[Any]:
     ]
 
 
-def _motion_inputs() -> list[Any]:
+def motion_inputs() -> list[Any]:
+    """The inputs on motion and noise that nodes with conditioning share."""
     return [
         field(
             io.Int,
@@ -136,7 +139,7 @@ def _motion_inputs() -> list[Any]:
             default=127,
             min=1,
             max=1023,
-            tooltip="How much motion SVD makes. Low numbers are calm.",
+            tooltip="How much motion SVD makes. Low numbers are calm; SVD knows 1 to 255.",
             advanced=True,
         ),
         field(
@@ -174,14 +177,27 @@ def _see(clip_vision: Any, pixels: Tensor, latents: int) -> Tensor:
     return embeds if embeds.shape[0] == 1 else comfy.utils.resize_to_batch_size(embeds, latents)
 
 
-def _report(pixels: Tensor, facts: Facts, empty: Tensor, rate: int) -> str:
+def told_of(rate: int, bucket: int) -> list[str]:
+    """What SVD is told of rate and motion, and what it does not know of that."""
+    lines = [f"SVD is told {rate} latents per second"]
+    if not FEWEST_RATE <= rate <= MOST_RATE:
+        lines.append(
+            f"SVD was trained on {FEWEST_RATE} to {MOST_RATE} per second: choose an fps of {TIME * FEWEST_RATE} to "
+            f"{TIME * MOST_RATE}, or expect odd motion"
+        )
+    if bucket > MOST:
+        lines.append(f"motion_bucket_id {bucket} is above {MOST}, the most that SVD was trained on: expect odd motion")
+    return lines
+
+
+def _report(pixels: Tensor, facts: Facts, empty: Tensor, told: dict[str, Any]) -> str:
     assert facts.frames is not None
     assert facts.fps is not None
     latents, seconds = empty.shape[0], facts.frames / float(facts.fps)
     lines = [
         f"{facts.frames} frames of {facts.width}x{facts.height}: {latents} latents",
         f"{seconds:.2f} s at {float(facts.fps):g} frames per second",
-        f"SVD is told {rate} latents per second",
+        *told_of(told["fps"], told["motion_bucket_id"]),
     ]
     surplus = whole_frames(latents) - facts.frames
     if surplus:
