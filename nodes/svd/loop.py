@@ -14,7 +14,8 @@ from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, describe, latent_input, preview_input, vae_input
 from ..bridge.wire import read_facts, whole_frames
 
-LEAD = 4  # latents of the end that are decoded before the beginning, and then left out
+LEAD = 4  # latents of the end, at least, that are decoded before the beginning and then left out
+_CHUNK = 4  # latents that a CV-VAE decodes at once, in addition to one that the chunk before has, too
 _DEFAULT_FPS = 24.0
 
 
@@ -49,13 +50,14 @@ class DecodeLoop(io.ComfyNode):
                 "more. Choose layout clip as frame batch in Load Video VAE, or take one clip with Latent From Batch."
             )
         latents = z.shape[2]
-        before = torch.arange(-LEAD, latents) % latents
-        frames = whole_frames(latents + LEAD)
+        lead = LEAD + (1 - latents) % _CHUNK  # so that the last chunk is whole: a shorter one is normalised otherwise
+        before = torch.arange(-lead, latents) % latents
+        frames = whole_frames(latents + lead)
         run = Run(frames, node_id=cls.hidden.unique_id, preview=preview)
         budget = budget_bytes(memory_budget_gb)
         pieces = vae.decode_pieces(z[:, :, before], run, frames=frames, size=facts.size, budget=budget, lent=True)
         images = collect_images(pieces, 1, frames)[0, frames - TIME * latents :].clone()
-        run.note(f"{TIME * latents} frames go round: the last {LEAD} latents were decoded in front and left out again")
+        run.note(f"{TIME * latents} frames go round: the last {lead} latents were decoded in front and left out again")
         run.note(_closing(images))
         report = run.finish()
         return io.NodeOutput(images, float(facts.fps or _DEFAULT_FPS), report, ui=report_ui(report))
