@@ -93,6 +93,15 @@ def test_every_sampler(comfy: Comfy) -> None:
             assert worst < 1e-4, f"{sampler}, {mode}: {worst:.1e}"
 
 
+@pytest.mark.parametrize("changes", [{"mode": "windows"}, {"mode": "loop"}, {"mode": "continuation", "resamples": 2}])
+def test_a_seed_gives_the_same_clip(comfy: Comfy, changes: dict[str, Any]) -> None:
+    model, conds = small_svd(comfy), conditions(random_images(size=4))
+    patched = long_model(comfy, model, LATENTS, fuse="random", window_schedule="moving", **{**ALL_ON, **changes})
+    first, other, again = (ksampler(comfy, patched, conds, empty(LATENTS), steps=2, seed=seed) for seed in (3, 4, 3))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_windows_fuse_by_weight(comfy: Comfy) -> None:
     schedule = comfy.pack("nodes.svd.schedule").Schedule(length=8, overlap=2, fuse="pyramid", moving=False, loop=False)
     model, _ = function_svd(comfy, lambda call: spread(torch.full((call.frames,), call.start * SCALE), call))
@@ -445,3 +454,21 @@ def test_two_ramps_of_the_cfg_are_refused(comfy: Comfy) -> None:
     patched = long_model(comfy, stock, LATENTS, min_cfg=1.0)
     with pytest.raises(NodeError, match="Set min_cfg to 0, or remove that node"):
         ksampler(comfy, patched, conditions(random_images()), empty(LATENTS, 8))
+
+
+def test_comfyuis_own_context_windows(comfy: Comfy) -> None:
+    """Newer ComfyUI samples SVD by Context Windows (Manual) without its causal fix; ours, kept still, are the same."""
+    stock = comfy.nodes["ContextWindowsManual"]
+    names = [one.id for one in stock.GET_SCHEMA().inputs]
+    if "causal_window_fix" not in names:
+        pytest.skip("this version of ComfyUI has no context windows that SVD can use")
+    model, conds = small_svd(comfy), conditions(random_images())
+    widgets = {
+        "context_length": 8, "context_overlap": 2, "context_schedule": "standard_static", "context_stride": 1,
+        "closed_loop": False, "fuse_method": "pyramid", "dim": 0, "freenoise": False, "cond_retain_index_list": "",
+        "split_conds_to_windows": False, "latent_retain_index_list": "", "causal_window_fix": False,
+    }  # fmt: skip
+    (windowed,) = comfy.call("ContextWindowsManual", model=model, **widgets)
+    theirs = ksampler(comfy, windowed, conds, empty(LATENTS, 8))
+    ours = ksampler(comfy, long_model(comfy, model, LATENTS), conds, empty(LATENTS, 8))
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
