@@ -30,9 +30,9 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
 
 import recipe  # noqa: E402
-from vae_core.windows import latent_frames  # noqa: E402
 
 import vae_core  # noqa: E402
+from vae_core.windows import latent_frames  # noqa: E402
 
 SEED = 20
 Run = Callable[[], Tensor]

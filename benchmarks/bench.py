@@ -33,11 +33,11 @@ import torch
 from planner_promise import status
 from profile_meta import AT_720P, DIRECTIONS, MODELS, OFFICIAL, per_frame, size_of
 from torch import Tensor
-from vae_core.keys import build
-from vae_core.windows import SPACE, latent_frames
 
 from vae_core import Plan, VideoVAE
+from vae_core.keys import build
 from vae_core.run.output import collect
+from vae_core.windows import SPACE, latent_frames
 
 GB = 10**9
 BLOCK = 17  # frames of the random clip that is repeated to any length

@@ -29,14 +29,13 @@ sys.path[:0] = [str(ROOT)]
 # malloc keeps what it is given back, and would hide the peak behind what earlier pieces took
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 
+from vae_core import TilePlan, VideoVAE  # noqa: E402
 from vae_core.cv_vae import CVVAEConfig  # noqa: E402
 from vae_core.iv_vae import IVVAEConfig  # noqa: E402
 from vae_core.keys import Config, build  # noqa: E402
 from vae_core.planner import MARGIN, Plan  # noqa: E402
 from vae_core.prediction import Task, count, meta_model  # noqa: E402
 from vae_core.profiler import MemoryProfile  # noqa: E402
-
-from vae_core import TilePlan, VideoVAE  # noqa: E402
 
 MIB, GB = 2**20, 10**9
 NARROW: dict[str, Config] = {

@@ -20,13 +20,13 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "core")]
 
 from meta_profile import OFFICIAL, TARGETS, Figures, MetaProfile  # noqa: E402
+
+from vae_core import VideoVAE  # noqa: E402
 from vae_core.cv_vae import CVVAEConfig  # noqa: E402
 from vae_core.iv_vae import IVVAEConfig  # noqa: E402
 from vae_core.keys import Config  # noqa: E402
 from vae_core.prediction import meta_model  # noqa: E402
 from vae_core.windows import SPACE, pixel_frames  # noqa: E402
-
-from vae_core import VideoVAE  # noqa: E402
 
 MODELS: dict[str, Config] = {
     "cv": CVVAEConfig(widths=(128, 256, 512, 512), blocks_per_level=2, latent_channels=4, sd3=False),

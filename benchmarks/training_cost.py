@@ -20,17 +20,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from vae_core.keys import build
-from vae_core.training.image_vae import CVAttention, CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
-from vae_core.windows import latent_frames
 
+from vae_core.keys import build
 from vae_core.metrics import LPIPS
 from vae_core.training.clips import BatchKind
 from vae_core.training.coders import Coder, ImageCoder, VideoCoder, video_config
 from vae_core.training.config import ModelConfig, TrainConfig, read_config
 from vae_core.training.discriminator import PatchDiscriminator
 from vae_core.training.draws import Draws
+from vae_core.training.image_vae import CVAttention, CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
 from vae_core.training.objective import Objective, Trained
+from vae_core.windows import latent_frames
 
 TERAFLOPS = 165.0  # bfloat16 with float32 sums, of one RTX 4090, as its maker says
 SHARE = 0.35  # of that, which convolutions of this kind may reach

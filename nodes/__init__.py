@@ -21,6 +21,10 @@ MODULES = (
     "compare.round_trip",
     "svd.conditioning",
     "svd.long",
+    "svd.chunk_store",
+    "svd.end_image",
+    "svd.extend",
+    "svd.loop",
     "svd.adapter",
     "svd.training",
 )

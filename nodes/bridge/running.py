@@ -96,7 +96,7 @@ class Run:
 
     def _status(self, now: float) -> str:
         left = (now - self._start) / max(self.done, 1) * (self.total - self.done)
-        return f"{self.done} of {self.total} frames, {_clock(left)} left"
+        return f"{self.done} of {self.total} frames, {clock(left)} left"
 
     def _say(self, text: str) -> None:
         if self._node_id is not None:
@@ -145,7 +145,8 @@ def _server() -> Any:
     return getattr(PromptServer, "instance", None)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration in words."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

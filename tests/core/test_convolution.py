@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vae_core.convolution import ConvolutionBackend, Cost, choose_backend, convolve, decide, measure
 
 from vae_core import convolution
+from vae_core.convolution import ConvolutionBackend, Cost, choose_backend, convolve, decide, measure
 
 KERNELS = [  # kernel, stride, padding
     ((3, 3, 3), (1, 1, 1), (0, 1, 1)),

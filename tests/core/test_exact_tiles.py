@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+import vae_core
+from vae_core import TilePlan
 from vae_core.conv_input import Piece
 from vae_core.cv_vae import Statistics
 from vae_core.iv_tiles import IVPass
 from vae_core.regions import ENLARGE, HALVE_LEFT, HALVE_RIGHT, Region, chain, full, grid, same, split
-
-import vae_core
-from vae_core import TilePlan
 
 Make = Callable[..., vae_core.VideoVAE]
 

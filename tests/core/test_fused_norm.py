@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vae_core.fused_norm import group_norm_silu, group_statistics, rms_norm_silu
-from vae_core.iv_vae import RMSNorm
 
 import vae_core
 from vae_core import fused_norm
+from vae_core.fused_norm import group_norm_silu, group_statistics, rms_norm_silu
+from vae_core.iv_vae import RMSNorm
 
 from .meta_profile import MetaProfile
 

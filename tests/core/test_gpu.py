@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from vae_core.cv_vae import CVVAEConfig
-from vae_core.iv_vae import IVVAEConfig
-from vae_core.keys import Config, build
-from vae_core.planner import MARGIN, measured_margin
 
 from vae_core import TilePlan, output
+from vae_core.cv_vae import CVVAEConfig
 from vae_core.door.vae import VideoVAE
+from vae_core.iv_vae import IVVAEConfig
+from vae_core.keys import Config, build
 from vae_core.run.output import collect, host_frames, make_frames
+from vae_core.planner import MARGIN, measured_margin
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False")
 

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
-from vae_core.cv_vae import CVVAEConfig
-from vae_core.iv_vae import IVVAEConfig
-from vae_core.training.image_vae import CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
-from vae_core.training.image_weights import read_image_vae
 
 import vae_core
 from vae_core.cli import app as commands
+from vae_core.cv_vae import CVVAEConfig
+from vae_core.iv_vae import IVVAEConfig
 from vae_core.training.coders import read_image_model
+from vae_core.training.image_vae import CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
+from vae_core.training.image_weights import read_image_vae
 from vae_core.training.inflation import InflationError, inflate, inflate_cv, inflate_iv, join_halves
 
 from .image_vae_2d import BLOCKS, CHANNELS, WIDTHS, Image2D, as_diffusers, passable, random_weights

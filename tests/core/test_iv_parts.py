@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from vae_core.iv_layers import PUBLISHED, CausalConv3d, IVParts, TemporalConv
-from vae_core.iv_vae import IVVAE, IVVAEConfig
-from vae_core.keys import infer_config
-from vae_core.memory import Memory, name_slots
 
 from vae_core import TilePlan, VideoVAE, load
 from vae_core.door.loading import official_state, save
 from vae_core.errors import CheckpointError
+from vae_core.iv_layers import PUBLISHED, CausalConv3d, IVParts, TemporalConv
+from vae_core.iv_vae import IVVAE, IVVAEConfig
+from vae_core.keys import infer_config
+from vae_core.memory import Memory, name_slots
 
 CONFIG = IVVAEConfig(dim=8, latent_channels=4, scale_factor=1.3, shift_factor=0.1)
 CONVS: tuple[TemporalConv, ...] = ("grouped-causal", "causal")

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vae_core import cv_tiles, iv_layers
 from vae_core.cv_vae import CVVAEConfig, Upsample
+from vae_core.door.vae import VideoVAE
 from vae_core.iv_vae import IVVAEConfig
 from vae_core.layers import add, convolve_in_time, enlarging_kernel, phase_kernels, prepared
 from vae_core.prediction import meta_model
-
-from vae_core import cv_tiles, iv_layers
-from vae_core.door.vae import VideoVAE
 
 from .meta_profile import TARGETS, MetaProfile
 

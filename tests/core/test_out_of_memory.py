@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from vae_core.cv_tiles import CVPass
-from vae_core.iv_tiles import IVPass
-from vae_core.iv_vae import Decoder, Encoder
 
 import vae_core
 from vae_core import TilePlan
+from vae_core.cv_tiles import CVPass
+from vae_core.iv_tiles import IVPass
+from vae_core.iv_vae import Decoder, Encoder
 from vae_core.run.stream import is_out_of_memory
 
 Make = Callable[..., vae_core.VideoVAE]

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
+import vae_core
+from vae_core import Plan, ReferencePlan, TilePlan, cv_tiles, fused_norm, iv_layers
 from vae_core.cv_vae import CVVAEConfig
+from vae_core.door.vae import VideoVAE
 from vae_core.iv_vae import IVVAEConfig
 from vae_core.keys import build
 from vae_core.planner import LEAST_MEASURED, MARGIN, SLACK, budget_for, measured_margin, with_margin
 from vae_core.prediction import Task, count, meta_model, predict
 from vae_core.profiler import MemoryProfile
-
-import vae_core
-from vae_core import Plan, ReferencePlan, TilePlan, cv_tiles, fused_norm, iv_layers
-from vae_core.door.vae import VideoVAE
 
 from .meta_profile import MetaProfile
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+
+import vae_core
 from vae_core.iv_layers import FrameConv, GroupedCausalConv3d, ResidualBlock, SeparatedConv
 from vae_core.iv_vae import AttentionBlock, Decoder, Downsample, Encoder, IVVAEConfig, Upsample
 from vae_core.memory import Memory, StreamingLayer, name_slots, run_block
-
-import vae_core
 
 CONFIG = IVVAEConfig(dim=8, latent_channels=4, scale_factor=1.0, shift_factor=0.0)
 Step = Callable[[Tensor, Memory], Tensor]

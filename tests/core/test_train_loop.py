@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
-from vae_core.training.image_vae import CVImageConfig, CVImageVAE
 
 import vae_core
 from vae_core.cli.app import app
@@ -34,6 +33,7 @@ from vae_core.training.config import (
     ValidationConfig,
     read_config,
 )
+from vae_core.training.image_vae import CVImageConfig, CVImageVAE
 from vae_core.training.journal import read_log, sample_grid
 from vae_core.training.loop import FINAL, Trainer
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from vae_core.training.image_vae import CVAttention, CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
 
 from vae_core.door.loading import save
 from vae_core.metrics import LPIPS
@@ -19,6 +18,7 @@ from vae_core.training.coders import ImageCoder, VideoCoder, read_image_model
 from vae_core.training.config import LossConfig, OptimizerConfig, RegularizationConfig
 from vae_core.training.discriminator import PatchDiscriminator, halve
 from vae_core.training.draws import draw
+from vae_core.training.image_vae import CVAttention, CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
 from vae_core.training.inflation import inflate
 from vae_core.training.losses import (
     LossError,

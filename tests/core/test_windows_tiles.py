@@ -7,6 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from vae_core import ReferencePlan
+from vae_core.door.vae import CV_FRAMES, CV_LATENTS, IV_FRAMES, IV_LATENTS
+from vae_core.run.tiling import Grid, run_tiled
 from vae_core.windows import (
     Windowing,
     check_whole,
@@ -16,10 +20,6 @@ from vae_core.windows import (
     rechunk,
     whole_stream,
 )
-
-from vae_core import ReferencePlan
-from vae_core.door.vae import CV_FRAMES, CV_LATENTS, IV_FRAMES, IV_LATENTS
-from vae_core.run.tiling import Grid, run_tiled
 
 WINDOWINGS = [CV_FRAMES, CV_LATENTS, IV_FRAMES, IV_LATENTS, Windowing(first=3, step=2, overlap=2)]
 
