@@ -7,7 +7,7 @@ latents are on the CPU and pass through the device one piece at a time, in all e
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,9 +26,19 @@ from ...vae_core.output import NotFiniteError, collect
 from ...vae_core.planner import budget_for, with_margin
 from ...vae_core.windows import SPACE, TIME, latent_frames, pixel_frames
 from .running import Run
-from .schema import GIB
+from .schema import GIB, dtype_words
 from .session import SESSION, Gauge, peak_reader
-from .wire import Layout, check_latent, from_video, pieces_of, pixels_of, read_facts, to_video
+from .wire import (
+    Layout,
+    check_latent,
+    from_video,
+    layout_of,
+    pieces_of,
+    pixels_of,
+    read_facts,
+    samples_of,
+    to_video,
+)
 
 _log = logging.getLogger("cviv-vae")
 _AUTOMATIC_SHARE = 0.85  # of the device memory that could be free; the rest is for what cannot be foreseen
@@ -37,16 +47,30 @@ Tiling = TilePlan | ReferencePlan | None
 
 
 class Ratio(tuple):
-    """(function of frames, 8, 8), which is 8 to a node that computes with it: ComfyUI 0.3 inpainting does."""
+    """(function of frames, 8, 8), which is the number 8 to a node that computes with it.
 
-    def __rfloordiv__(self, other: int) -> int:
+    Nodes for pictures take a VAE's ratio as one number: ComfyUI 0.3's inpainting and other packs do.
+    """
+
+    def __rfloordiv__(self, other: float) -> float:
         return other // self[-1]
 
-    def __rmod__(self, other: int) -> int:
+    def __rtruediv__(self, other: float) -> float:
+        return other / self[-1]
+
+    def __rmod__(self, other: float) -> float:
         return other % self[-1]
 
-    def __rmul__(self, other: int) -> int:  # type: ignore[override]
+    def __mul__(self, other: float) -> float:  # type: ignore[override]
+        return self[-1] * other
+
+    def __rmul__(self, other: float) -> float:  # type: ignore[override]
         return other * self[-1]
+
+    def __int__(self) -> int:
+        return self[-1]
+
+    __index__ = __int__
 
 
 def _to_unit(pixels: Tensor) -> Tensor:
@@ -112,15 +136,25 @@ class NativeVideoVAE(comfy.sd.VAE):
     """A video VAE on ComfyUI's VAE wire.
 
     codec: the VAE itself. layout: how it exchanges latents with stock nodes: "frames" (4-D, frames on the batch axis),
-    "video" (5-D) or "images" (4-D, each image by itself). device, dtype: where and in what the network runs.
+    "video" (5-D) or "images" (4-D, each image by itself). device, dtype: where and in what the network runs. chosen:
+    the layout where the user chose it, which then beats what a latent remembers. remarks: for every report.
     """
 
-    def __init__(self, codec: VideoVAE, *, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        codec: VideoVAE,
+        *,
+        layout: Layout,
+        device: torch.device,
+        dtype: torch.dtype,
+        chosen: Layout | None = None,
+        remarks: Sequence[str] = (),
+    ) -> None:
         # the parent's constructor would read a file of another model
-        self.codec, self.layout = codec, layout
+        self.codec, self.layout, self.chosen, self.remarks = codec, layout, chosen, tuple(remarks)
         self.first_stage_model = Network(codec).eval()
         self.latent_channels, self.latent_dim, self.output_channels = codec.info.latent_channels, 3, 3
-        self.upscale_ratio = (lambda t: max(0, pixel_frames(t)), SPACE, SPACE)
+        self.upscale_ratio = Ratio((lambda t: max(0, pixel_frames(t)), SPACE, SPACE))
         self.upscale_index_formula = (TIME, SPACE, SPACE)
         self.downscale_ratio = Ratio((lambda t: max(0, latent_frames(t)), SPACE, SPACE))
         self.downscale_index_formula = (TIME, SPACE, SPACE)
@@ -215,8 +249,11 @@ class NativeVideoVAE(comfy.sd.VAE):
         facts = read_facts(latent)
         samples: Tensor = latent["samples"]
         check_latent(samples, facts, self.codec.family, self.latent_channels)
-        layout = facts.layout or ("images" if self.layout == "images" else "frames")
-        return to_video(samples, layout)
+        return to_video(samples, layout_of(samples, facts, self.chosen))
+
+    def layout_of(self, latent: dict[str, Any]) -> Layout:
+        """How this VAE takes a LATENT."""
+        return layout_of(samples_of(latent), read_facts(latent), self.chosen)
 
     def decode_pieces(
         self,
@@ -296,7 +333,9 @@ class NativeVideoVAE(comfy.sd.VAE):
         self, task: Direction, shape: tuple[int, ...], run: Run, budget: int | None, tiles: Tiling
     ) -> tuple[Tiling, Gauge]:
         """Plan, have ComfyUI make room and put the weights on the device; returns the tiles to use."""
-        run.note(f"{self.codec.family}, {str(self.vae_dtype).removeprefix('torch.')} on {self.device}")
+        run.note(f"{self.codec.family}, {dtype_words(self.vae_dtype)} on {self.device}")
+        for remark in self.remarks:
+            run.note(remark)
         known = SESSION.tiles_for(self._job(task, shape), (budget, tiles))
         plan = self.plan(task, shape, budget) if tiles is None else self._described(tiles, task, shape)
         if known is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 CATEGORY = "video vae"
@@ -66,6 +67,11 @@ def preview_input() -> Any:
         tooltip="Show the newest frame on this node while it decodes.",
         advanced=True,
     )
+
+
+def dtype_words(dtype: torch.dtype) -> str:
+    """A number format as users know it: float32, bfloat16, float16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_choice(what: str, got: str, allowed: tuple[str, ...]) -> None:

@@ -118,6 +118,18 @@ def to_video(samples: Tensor, layout: Layout, clips: int = 1) -> Tensor:
     return rearrange(samples, "(b t) c h w -> b c t h w", b=clips)
 
 
+def layout_of(samples: Tensor, facts: Facts, chosen: Layout | None) -> Layout:
+    """How to take a LATENT's tensor: 5-D is a video; of 4-D the user's choice decides, then what the latent remembers.
+
+    chosen: the layout that the user chose in Load Video VAE; None where he left it to us.
+    """
+    if samples.ndim == 5:
+        return "video"
+    if chosen in ("frames", "images"):
+        return chosen
+    return facts.layout or "frames"
+
+
 def from_video(z: Tensor, layout: Layout) -> Tensor:
     """The tensor of a LATENT from (b, z, t, h, w): as it is, or with the frames on the batch axis."""
     return z if layout == "video" else rearrange(z, "b c t h w -> (b t) c h w")
@@ -195,7 +207,9 @@ def _fraction(value: object) -> Fraction | None:
 
 def _who_makes(channels: int) -> str:
     return {
-        4: "cv-vae (SD 1.5, SD 2.1, SVD) or an IV-VAE with z 4",
-        8: "an IV-VAE with z 8",
-        16: "cv-vae-sd3 (SD3, SD3.5) or an IV-VAE with z 16",
+        4: "cv-vae for SD 1.5, SD 2.1 and SVD; an IV-VAE with z 4 for its own",
+        8: "an IV-VAE with z 8 for its own",
+        16: "cv-vae-sd3 for SD3 and SD3.5 alone, an IV-VAE with z 16 for its own. Flux, Wan, Hunyuan Video, Qwen-Image "
+        "and others have 16 channels, too, in latent spaces of their own: use the VAE of that model there, by "
+        "ComfyUI's Load VAE and VAE Decode",
     }.get(channels, "none of CV-VAE or IV-VAE makes such latents, so use the VAE of the model that sampled it")

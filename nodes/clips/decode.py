@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -19,28 +18,14 @@ from ..bridge.lazy_video import LazyVideo
 from ..bridge.native import NativeVideoVAE, budget_bytes, collect_images, require
 from ..bridge.running import Run, keep_report, report_ui
 from ..bridge.schema import GIB, budget_input, describe, field, latent_input, preview_input, vae_input
-from ..bridge.wire import Facts, rate_of, read_facts, whole_frames
+from ..bridge.truth import check_finite, decoded_facts
+from ..bridge.wire import Facts, rate_of
 from ..latents.files import save_latent
 
 DEFAULT_FPS = Fraction(24)  # where neither the latent nor the user says
 RESCUED = "latents/undecoded"  # the name below the output folder of a latent whose decode failed
 
 _log = logging.getLogger("cviv-vae")
-
-
-def _facts(latent: dict[str, Any], z: Tensor) -> tuple[Facts, list[str]]:
-    """Facts with frame count and size filled in for the decoded clip, and sentences about what was not known."""
-    facts, told = read_facts(latent), []
-    available = whole_frames(z.shape[2])
-    height, width = z.shape[-2] * 8, z.shape[-1] * 8
-    if facts.frames is None or facts.size is None:
-        told.append("the latent does not say the video's true length or size: all that it decodes to is given")
-    return replace(
-        facts,
-        frames=available if facts.frames is None else facts.frames,
-        height=height if facts.size is None else facts.height,
-        width=width if facts.size is None else facts.width,
-    ), told
 
 
 def _save_on_failure_input() -> Any:
@@ -53,6 +38,13 @@ def _save_on_failure_input() -> Any:
         "on, so that the sampling is not lost; the error names the file. Not after Cancel.",
         advanced=True,
     )
+
+
+def _understood(vae: NativeVideoVAE, latent: dict[str, Any]) -> tuple[Tensor, Facts, list[str]]:
+    """(b, z, t, h, w) of a LATENT, what is known of each clip, and sentences for the report. Raises ValueError."""
+    z = vae.video_latent(latent)
+    check_finite(latent)
+    return z, *decoded_facts(latent, z, vae.layout_of(latent))
 
 
 @contextmanager
@@ -111,8 +103,7 @@ class Decode(io.ComfyNode):
         cls, vae: Any, samples: Any, memory_budget_gb: float, preview: bool, save_latent_on_failure: bool = True
     ) -> io.NodeOutput:
         vae = require(vae)
-        z = vae.video_latent(samples)
-        facts, told = _facts(samples, z)
+        z, facts, told = _understood(vae, samples)
         run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview)
         budget = budget_bytes(memory_budget_gb)
         with _latent_kept(samples, vae, wanted=save_latent_on_failure):
@@ -179,13 +170,13 @@ class DecodeToVideo(io.ComfyNode):
         save_latent_on_failure: bool = True,
     ) -> io.NodeOutput:
         vae = require(vae)
-        z = vae.video_latent(samples)
+        z, facts, told = _understood(vae, samples)
         if z.shape[0] != 1:
+            what = "separate images" if vae.layout_of(samples) == "images" else "clips"
             raise ValueError(
-                f"The latent holds {z.shape[0]} clips and a VIDEO is one: take them apart with Latent From Batch, or "
-                "use Video VAE Decode."
+                f"The latent holds {z.shape[0]} {what} and a VIDEO is one clip: use Video VAE Decode, take them apart "
+                "with Latent From Batch, or choose another latent_layout in Load Video VAE."
             )
-        facts, told = _facts(samples, z)
         node_id = cls.hidden.unique_id
 
         def frames(start: int, stop: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:

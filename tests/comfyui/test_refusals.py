@@ -36,7 +36,9 @@ def test_wrong_channels(comfy: Comfy, load_vae: LoadVAE) -> None:
     latent = {"samples": torch.randn(3, 16, 4, 4)}
     message = refusal(comfy, "CVIV_Decode", vae=load_vae(SMALL["cv"]), samples=latent, **DECODE)
     assert "16 channels and the VAE (cv-vae) takes 4" in message
-    assert "cv-vae-sd3 (SD3, SD3.5)" in message
+    assert "cv-vae-sd3 for SD3 and SD3.5 alone" in message
+    assert "Flux, Wan, Hunyuan Video, Qwen-Image and others have 16 channels, too" in message
+    assert "use the VAE of that model there" in message
 
 
 def test_wrong_rank(comfy: Comfy, load_vae: LoadVAE) -> None:
