@@ -45,6 +45,20 @@ class Facts:
         return None if self.height is None or self.width is None else (self.height, self.width)
 
 
+class NotForSamplers(list[int]):
+    """The `batch_index` of a latent that no sampler can use: whoever makes noise for it gets a sentence, not noise.
+
+    It numbers the items of the batch, which ComfyUI's samplers turn into an array before they draw noise.
+    """
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            "This latent is of an IV-VAE, whose latent space is its own: no sampler of ComfyUI was trained on it, and "
+            "the result would be noise or an error. Encode with a CV-VAE, or with the VAE of the sampler's model; "
+            "latents of an IV-VAE are for Video VAE Decode."
+        )
+
+
 def samples_of(latent: Mapping[str, Any]) -> Tensor:
     """The tensor of a LATENT. Raises ValueError where there is none of rank 4 or 5."""
     samples = latent.get("samples") if isinstance(latent, Mapping) else None
@@ -97,11 +111,14 @@ def make_latent(samples: Tensor, facts: Facts, layout: Layout, base: Mapping[str
         "width": facts.width,
         "layout": layout,
     }
-    return {
+    latent = {
         **(base or {}),
         "samples": samples,
         FACTS: {name: value for name, value in told.items() if value is not None},
     }
+    if facts.family == "iv-vae":
+        latent["batch_index"] = NotForSamplers(range(samples.shape[0]))
+    return latent
 
 
 def to_video(samples: Tensor, layout: Layout, clips: int = 1) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
@@ -196,8 +197,14 @@ class DecodeToVideo(io.ComfyNode):
             frame_rate=rate_of(fps) or facts.fps or DEFAULT_FPS,
             audio=audio,
             crf=crf,
+            copied=partial(_say_copied, node_id),
         )
         return io.NodeOutput(video)
+
+
+def _say_copied(node_id: str, source: Path) -> None:
+    """The report of a run that decoded nothing."""
+    keep_report(f"nothing decoded: copied from {source.name}, which this clip was written to before", node_id)
 
 
 def _part(

@@ -1,4 +1,4 @@
-"""The tokens in the file name of Save Video Latent, as in Save Video's, without the page, which fills them in itself."""
+"""The tokens in the file name of Save Video Latent, as in Save Video's, filled in by the server alone."""
 
 from __future__ import annotations
 

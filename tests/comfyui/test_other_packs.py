@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ..core.clips import as_pictures, moving_picture, write_av
+from ..core.clips import with_sound
 from .calls import encode, play
 from .conftest import LoadVAE
 from .inprocess import Comfy
@@ -41,15 +41,17 @@ def need(comfy: Comfy, pack: str, node: str) -> None:
         pytest.skip(f"{path} is not there")
     if node not in comfy.nodes:
         comfy.loop.run_until_complete(comfy.module("nodes").load_custom_node(str(path)))
-    if node not in comfy.nodes:
+    try:
+        comfy.nodes[node].INPUT_TYPES()
+    except (KeyError, AttributeError):  # AttributeError: it uses what this ComfyUI does not have yet
+        comfy.nodes.pop(node, None)
         pytest.skip(f"{pack} does not load in this ComfyUI, or has no {node} here")
 
 
 @pytest.fixture
 def clip(comfy: Comfy) -> Path:
     path = comfy.base / "input" / "for_others.mp4"
-    write_av(path, as_pictures(moving_picture(FRAMES, HEIGHT, WIDTH)), rate=Fraction(24))
-    return path
+    return with_sound(path, FRAMES, rate=Fraction(24))  # of 64x48; VideoHelperSuite wants to hear something
 
 
 @pytest.mark.parametrize(("layout", "count"), [("clip as frame batch", 5), ("separate images", FRAMES)])
@@ -79,10 +81,9 @@ def test_vhs_video_combine_decodes(comfy: Comfy, load_vae: LoadVAE, name: str, l
     found = play(str(path))["frames"]
     assert found.shape == (frames, HEIGHT, WIDTH, 3)
     (decoded,) = comfy.call("VAEDecode", samples=latent, vae=vae)
-    shown, told = (
-        clip.float().mean(dim=-1) for clip in (torch.from_numpy(found) / 255, decoded)
-    )  # colours share pixels
-    assert (shown - told).abs().mean() < 0.03
+    shown, told = (clip.float().mean(dim=-1) for clip in (torch.from_numpy(found) / 255, decoded))  # colours share pixels
+    likeness = [torch.corrcoef(torch.stack([one.flatten(), told.flatten()]))[0, 1] for one in (shown, shown.flip(0))]
+    assert likeness[0] > 0.7 > likeness[1]
 
 
 def test_vhs_batched_nodes(comfy: Comfy, load_vae: LoadVAE) -> None:
