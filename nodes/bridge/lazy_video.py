@@ -44,7 +44,8 @@ class LazyVideo(Input.Video):
     stop - 1 as (t, height, width, 3) in 0..1, in pieces of any length, and is closed when its reader stops early.
     byte_frames: the same in 0..255 as uint8, for files of 8 bits, each piece good until the next is asked for; None:
     `frames` serves them, too. audio: a ComfyUI AUDIO of the whole video, or None. crf: quality of the file where the
-    one who saves it asks for none. copied: called with the file that a second writing is a copy of.
+    one who saves it asks for none; codec and bits per channel likewise. copied: called with the file
+    that a second writing is a copy of.
     """
 
     def __init__(
@@ -59,12 +60,15 @@ class LazyVideo(Input.Video):
         audio: Audio | None = None,
         crf: float = CRF,
         first_frame: int = 0,
+        codec: str = "auto",
+        bits: int = 8,
         copied: Callable[[Path], None] | None = None,
     ) -> None:
         self._frames, self._byte_frames = frames, byte_frames
         self._width, self._height = width, height
         self._first, self._count, self._rate = first_frame, frame_count, Fraction(frame_rate)
         self._audio, self._crf = audio, crf
+        self._codec, self._bits = codec, bits
         self._file: str | None = None
         self._written, self._copied = WrittenFiles(), copied
 
@@ -98,7 +102,7 @@ class LazyVideo(Input.Video):
 
     def get_bit_depth(self) -> int:
         """Bits per channel that are written where nothing else is asked for."""
-        return 8
+        return self._bits
 
     def get_color_space(self) -> str:
         """The colours are those of ordinary video: BT.709."""
@@ -158,6 +162,8 @@ class LazyVideo(Input.Video):
             byte_frames=self._byte_frames,
             audio=self._audio,
             crf=self._crf,
+            codec=self._codec,
+            bits=self._bits,
             first_frame=self._first + first,
         )
 
@@ -183,8 +189,9 @@ class LazyVideo(Input.Video):
         if color_space is not None:
             check_choice("color_space", color_space, _COLOURS)
         container = _container(path, str(getattr(format, "value", format)))
-        name = _codec(container, str(getattr(codec, "value", codec)))
-        bits = bit_depth or 8
+        asked = str(getattr(codec, "value", codec))
+        name = _codec(container, self._codec if asked == "auto" else asked)
+        bits = bit_depth or self._bits
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
         target = path if isinstance(path, (str, os.PathLike)) else cast("BinaryIO", path)
         form = Form(container=container, codec=name, crf=self._crf if crf is None else crf, bits=bits)

@@ -25,13 +25,16 @@ from ...vae_core.keys import default_scaling
 from ...vae_core.output import NotFiniteError, collect
 from ...vae_core.planner import budget_for, with_margin
 from ...vae_core.windows import SPACE, TIME, latent_frames, pixel_frames
-from .running import Run
+from .plan_words import plan_words
+from .ratio import Ratio
+from .running import Run, count_of
 from .schema import GIB, dtype_words
 from .session import SESSION, Gauge, peak_reader
 from .wire import (
     Layout,
     check_latent,
     from_video,
+    images_of,
     layout_of,
     pieces_of,
     pixels_of,
@@ -44,33 +47,6 @@ _log = logging.getLogger("cviv-vae")
 _AUTOMATIC_SHARE = 0.85  # of the device memory that could be free; the rest is for what cannot be foreseen
 
 Tiling = TilePlan | ReferencePlan | None
-
-
-class Ratio(tuple):
-    """(function of frames, 8, 8), which is the number 8 to a node that computes with it.
-
-    Nodes for pictures take a VAE's ratio as one number: ComfyUI 0.3's inpainting and other packs do.
-    """
-
-    def __rfloordiv__(self, other: float) -> float:
-        return other // self[-1]
-
-    def __rtruediv__(self, other: float) -> float:
-        return other / self[-1]
-
-    def __rmod__(self, other: float) -> float:
-        return other % self[-1]
-
-    def __mul__(self, other: float) -> float:  # type: ignore[override]
-        return self[-1] * other
-
-    def __rmul__(self, other: float) -> float:  # type: ignore[override]
-        return other * self[-1]
-
-    def __int__(self) -> int:
-        return self[-1]
-
-    __index__ = __int__
 
 
 def _to_unit(pixels: Tensor) -> Tensor:
@@ -345,9 +321,10 @@ class NativeVideoVAE(comfy.sd.VAE):
                 run.note("memory ran out in an earlier run: begins with what worked then; another budget plans anew")
         if not plan.fits:
             _log.warning("The smallest tiles need more than the memory allowed; trying them.")
-        run.note(plan_words(plan, self.device))
+        for sentence in plan_words(plan, self.device):
+            run.note(sentence)
         mm.load_models_gpu([self.patcher], memory_required=plan.device_bytes, force_full_load=True)
-        run.begin(self.device, plan.tiles)
+        run.begin(self.device, plan.tiles, exact=plan.exact)
         gauge = Gauge(
             SESSION,
             self._setting,
@@ -400,8 +377,11 @@ class NativeVideoVAE(comfy.sd.VAE):
                 SESSION.failed(job)
                 return None
             SESSION.worked(job, asked, smaller)
-            way = self._described(smaller, task, shape).way
-            sentence = f"out of memory after {run.done} frames; went on from there in smaller pieces: {way}"
+            plan = self._described(smaller, task, shape)
+            run.exact = plan.exact
+            sentence = (
+                f"out of memory after {count_of(run.done, 'frame')}; went on from there in less at a time: {plan.way}"
+            )
             _log.warning("%s", sentence)
             run.note(sentence)
             return smaller
@@ -411,12 +391,6 @@ class NativeVideoVAE(comfy.sd.VAE):
     def _on_device(self) -> AbstractContextManager[Any]:
         context = getattr(mm, "cuda_device_context", None)
         return nullcontext() if context is None else context(self.device)
-
-
-def plan_words(plan: Plan, device: torch.device) -> str:
-    """A plan in words; on a CPU the memory of the device is RAM."""
-    words = str(plan)
-    return words.replace("Device memory: about", "RAM to work in: about") if device.type == "cpu" else words
 
 
 def collect_images(pieces: Iterable[Tensor], clips: int, frames: int) -> Tensor:
@@ -442,7 +416,7 @@ def budget_bytes(gib: float) -> int | None:
 def _counted(pieces: Iterable[Tensor], run: Run) -> Iterator[Tensor]:
     for piece in pieces:
         yield piece
-        run.step(piece.shape[2])
+        run.step(piece.shape[2], images_of(piece[:, :, -1:])[0, 0])
 
 
 def _guarded(stream: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -37,7 +37,7 @@ class Clip:
     """Frames that a node works on.
 
     name: in messages. read: its `frames` frames, from the first on each time, as (1, 3, t, height, width) in [-1, 1],
-    any t. fps: None for images.
+    any t. fps: None for images. sound: reads the sound of these frames. remarks: what a user may not expect.
     """
 
     name: str
@@ -46,6 +46,12 @@ class Clip:
     height: int
     width: int
     fps: Fraction | None
+    sound: Callable[[], dict[str, Any] | None] | None = None
+    remarks: tuple[str, ...] = ()
+
+    def audio(self) -> dict[str, Any] | None:
+        """The sound of these frames as an AUDIO, or None where there is none."""
+        return None if self.sound is None else self.sound()
 
     def __str__(self) -> str:
         return f"{self.name} has {self.frames} frames of {self.width}x{self.height}"
@@ -91,8 +97,6 @@ class VideoSource(ABC):
     def frames(self, first: int = 0, count: int | None = None, piece: int = PIECE) -> Iterator[Tensor]:
         """The frames of a part as (1, 3, t, height, width) in [-1, 1], t up to `piece`; holds one such piece."""
         first, stop = self._span(first, count)
-        if count is not None and stop - first < count:
-            _log.warning("The video has %d frames from frame %d on, fewer than %d.", stop - first, first, count)
         return self._read(first, stop, piece)
 
     def clip(self, name: str, first: int = 0, count: int | None = None) -> Clip:
@@ -104,6 +108,8 @@ class VideoSource(ABC):
             height=self.height,
             width=self.width,
             fps=self.fps,
+            sound=lambda: self.audio(first, count),
+            remarks=past_the_end(first, count, self.total),
         )
 
     def audio(self, first: int = 0, count: int | None = None) -> dict[str, Any] | None:
@@ -111,23 +117,47 @@ class VideoSource(ABC):
         return self._sound(*self._span(first, count))
 
     def _span(self, first: int, count: int | None) -> tuple[int, int]:
-        if not 0 <= first < self.total:
-            raise VideoError(
-                f"The video has {self.total} frames, numbered from 0; a start at frame {first} is beyond them. Give a "
-                "smaller first frame."
-            )
+        checked_first(first, self.total)
         return first, self.total if count is None else min(first + count, self.total)
 
 
-def clip_of(video: Any, name: str, count: int | None = None) -> Clip:
-    """The first `count` frames, None for all, of a VIDEO or an IMAGE. Raises ValueError where it is neither."""
+def clip_of(video: Any, name: str, count: int | None = None, *, first: int = 0) -> Clip:
+    """`count` frames, None for all, of a VIDEO or an IMAGE from `first` on. Raises ValueError where it is neither."""
     if isinstance(video, Input.Video):
-        return open_video(video).clip(name, count=count)
+        return open_video(video).clip(name, first, count)
     if not isinstance(video, Tensor):
         raise ValueError(f"{name} is a {type(video).__name__}; connect an IMAGE batch or a VIDEO.")
-    pixels = pixels_of(video)[:count]
+    total = video.shape[0]
+    pixels = pixels_of(video[checked_first(first, total) :][:count])
     frames, height, width, _ = pixels.shape
-    return Clip(name=name, read=lambda: pieces_of(pixels), frames=frames, height=height, width=width, fps=None)
+    return Clip(
+        name=name,
+        read=lambda: pieces_of(pixels),
+        frames=frames,
+        height=height,
+        width=width,
+        fps=None,
+        remarks=past_the_end(first, count, total),
+    )
+
+
+def checked_first(first: int, total: int) -> int:
+    """`first` itself. Raises VideoError where a clip of `total` frames has no such frame."""
+    if not 0 <= first < total:
+        raise VideoError(
+            f"The video has {total} frames, numbered from 0; a start at frame {first} is beyond them. Give a smaller "
+            "first frame."
+        )
+    return first
+
+
+def past_the_end(first: int, count: int | None, total: int) -> tuple[str, ...]:
+    """A sentence where fewer frames are there than were asked for."""
+    if count is None or first + count <= total:
+        return ()
+    return (
+        f"{count} frames from frame {first} on were asked for, and the video ends after {total}: {total - first} taken",
+    )
 
 
 def open_video(video: Any) -> VideoSource:

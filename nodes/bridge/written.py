@@ -1,4 +1,4 @@
-"""The files that a lazy video was written to: whoever asks for the same once more gets a copy, and nothing is decoded."""
+"""The files that a lazy video was written to: who asks for the same once more gets a copy, and nothing is decoded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class WrittenFiles:
             return None
 
 
-def copy_video(source: Path, target: str | os.PathLike[str] | BinaryIO, container: str, texts: Mapping[str, str]) -> None:
+def copy_video(
+    source: Path, target: str | os.PathLike[str] | BinaryIO, container: str, texts: Mapping[str, str]
+) -> None:
     """Write what is in `source` to `target`, as it is, with other texts; a path gets its name when it is complete."""
     if not isinstance(target, (str, os.PathLike)):
         _remux(source, target, container, texts, [])

@@ -18,12 +18,23 @@ from torch import Tensor
 from ..bridge.lazy_video import LazyVideo
 from ..bridge.native import NativeVideoVAE, budget_bytes, collect_images, require
 from ..bridge.running import Run, keep_report, report_ui
-from ..bridge.schema import GIB, budget_input, describe, field, latent_input, preview_input, vae_input
+from ..bridge.schema import (
+    GIB,
+    budget_input,
+    check_choice,
+    describe,
+    field,
+    latent_input,
+    preview_input,
+    size_words,
+    vae_input,
+)
 from ..bridge.truth import check_finite, decoded_facts
 from ..bridge.wire import Facts, rate_of
 from ..latents.files import save_latent
 
 DEFAULT_FPS = Fraction(24)  # where neither the latent nor the user says
+CODECS, BITS = ("auto", "h264", "av1", "vp9"), ("8", "10")
 RESCUED = "latents/undecoded"  # the name below the output folder of a latent whose decode failed
 
 _log = logging.getLogger("cviv-vae")
@@ -80,8 +91,8 @@ class Decode(io.ComfyNode):
         return describe(
             node_id="CVIV_Decode",
             display_name="Video VAE Decode",
-            description="Decodes a clip piece by piece into one buffer: device memory does not grow with its length. "
-            "Gives back the true number of frames and size where the latent knows them.",
+            description="Decodes a clip a few frames at a time into one buffer: device memory does not grow with its "
+            "length. Gives back the true number of frames and size where the latent knows them.",
             search_aliases=["cv-vae decode", "iv-vae decode", "vae decode video", "tiled decode"],
             inputs=[vae_input(), latent_input(), budget_input(), preview_input(), _save_on_failure_input()],
             outputs=[
@@ -91,9 +102,7 @@ class Decode(io.ComfyNode):
                     "Decode to Video, which never holds them all.",
                 ),
                 io.Float.Output(display_name="fps", tooltip="Frames per second that the latent remembers, else 24."),
-                io.String.Output(
-                    display_name="report", tooltip="What ran, in which pieces, how long, how much memory."
-                ),
+                io.String.Output(display_name="report", tooltip="What ran, how long, how much memory, exact or not."),
             ],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
@@ -105,12 +114,16 @@ class Decode(io.ComfyNode):
     ) -> io.NodeOutput:
         vae = require(vae)
         z, facts, told = _understood(vae, samples)
-        run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview)
+        run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview, size=facts.size)
         budget = budget_bytes(memory_budget_gb)
         with _latent_kept(samples, vae, wanted=save_latent_on_failure):
             pieces = vae.decode_pieces(z, run, frames=facts.frames, size=facts.size, budget=budget, lent=True)
             images = collect_images(pieces, z.shape[0], facts.frames).flatten(0, 1)
-        for sentence in (*told, f"the images take {images.nbytes / GIB:.2f} GiB of RAM"):
+        if images.nbytes >= GIB:
+            run.note(
+                f"the images take {size_words(images.nbytes)} of RAM; Video VAE Decode to Video never holds them all"
+            )
+        for sentence in told:
             run.note(sentence)
         report = run.finish()
         return io.NodeOutput(images, float(facts.fps or DEFAULT_FPS), report, ui=report_ui(report))
@@ -125,7 +138,8 @@ class DecodeToVideo(io.ComfyNode):
             node_id="CVIV_DecodeToVideo",
             display_name="Video VAE Decode to Video",
             description="Gives a VIDEO that decodes while Save Video (or any node that takes a VIDEO) writes it, so "
-            "that 10,000 frames need no more memory than 100. Every node that takes it decodes it once more.",
+            "that 10,000 frames need no more memory than 100. The same file a second time is a copy; a node that needs "
+            "the frames themselves, or another file, decodes once more.",
             search_aliases=["cv-vae decode video", "latent to video", "decode to file"],
             inputs=[
                 vae_input(),
@@ -153,6 +167,26 @@ class DecodeToVideo(io.ComfyNode):
                 preview_input(),
                 field(io.Audio, "audio", optional=True, tooltip="Sound for the video; cut to its length."),
                 _save_on_failure_input(),
+                field(
+                    io.Combo,
+                    "codec",
+                    options=list(CODECS),
+                    default="auto",
+                    optional=True,
+                    tooltip="Codec of the file where the saving node says auto. auto: h264, which plays everywhere; "
+                    "av1 and vp9 give smaller files and are slower.",
+                    advanced=True,
+                ),
+                field(
+                    io.Combo,
+                    "bit_depth",
+                    options=list(BITS),
+                    default="8",
+                    optional=True,
+                    tooltip="Bits per channel in the file where the saving node does not say. 10 keeps smooth skies "
+                    "smooth; not every player shows it. For 16 bits save images with Save Image Sequence.",
+                    advanced=True,
+                ),
             ],
             outputs=[io.Video.Output(display_name="video", tooltip="For Save Video. Nothing is decoded before that.")],
             hidden=[io.Hidden.unique_id],
@@ -169,7 +203,11 @@ class DecodeToVideo(io.ComfyNode):
         preview: bool,
         audio: Any = None,
         save_latent_on_failure: bool = True,
+        codec: str = "auto",
+        bit_depth: str = "8",
     ) -> io.NodeOutput:
+        check_choice("codec", codec, CODECS)
+        check_choice("bit_depth", bit_depth, BITS)
         vae = require(vae)
         z, facts, told = _understood(vae, samples)
         if z.shape[0] != 1:
@@ -181,7 +219,7 @@ class DecodeToVideo(io.ComfyNode):
         node_id = cls.hidden.unique_id
 
         def frames(start: int, stop: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-            run = Run(stop, node_id=node_id, preview=preview)
+            run = Run(stop, node_id=node_id, preview=preview, size=facts.size)
             for sentence in told:
                 run.note(sentence)
             pieces = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id, dtype)
@@ -197,6 +235,8 @@ class DecodeToVideo(io.ComfyNode):
             frame_rate=rate_of(fps) or facts.fps or DEFAULT_FPS,
             audio=audio,
             crf=crf,
+            codec=codec,
+            bits=int(bit_depth),
             copied=partial(_say_copied, node_id),
         )
         return io.NodeOutput(video)
@@ -218,7 +258,7 @@ def _part(
     node_id: str,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """Frames `start` to `stop` as (t, h, w, 3) pieces; those before are decoded, too, since each builds on them.
+    """Frames `start` to `stop` as (t, h, w, 3), a few at a time; those before are decoded, too: each builds on them.
 
     In 8 bits they are for the encoder of a file, which keeps none.
     """

@@ -177,7 +177,7 @@ class VideoVAEInfo(io.ComfyNode):
                 f"latent layout    {layout}",
             )
         )
-        return io.NodeOutput(text, ui=report_ui(text))
+        return io.NodeOutput(text, ui=report_ui(text, unfolded=True))
 
 
 class DemoClip(io.ComfyNode):

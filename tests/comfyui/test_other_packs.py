@@ -81,7 +81,9 @@ def test_vhs_video_combine_decodes(comfy: Comfy, load_vae: LoadVAE, name: str, l
     found = play(str(path))["frames"]
     assert found.shape == (frames, HEIGHT, WIDTH, 3)
     (decoded,) = comfy.call("VAEDecode", samples=latent, vae=vae)
-    shown, told = (clip.float().mean(dim=-1) for clip in (torch.from_numpy(found) / 255, decoded))  # colours share pixels
+    shown, told = (
+        clip.float().mean(dim=-1) for clip in (torch.from_numpy(found) / 255, decoded)
+    )  # colours share pixels
     likeness = [torch.corrcoef(torch.stack([one.flatten(), told.flatten()]))[0, 1] for one in (shown, shown.flip(0))]
     assert likeness[0] > 0.7 > likeness[1]
 

@@ -44,9 +44,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("container", ["mp4", "mov", "mkv", "webm"])
 @pytest.mark.parametrize("sound", [True, False])
-def test_a_copy_has_the_same_content_and_other_texts(
-    comfy: Comfy, tmp_path: Path, container: str, sound: bool
-) -> None:
+def test_a_copy_has_the_same_content_and_other_texts(comfy: Comfy, tmp_path: Path, container: str, sound: bool) -> None:
     maker = _Maker(_clip(60))
     video = _lazy(comfy, maker, audio=_audio(3) if sound else None)
     first, second = tmp_path / f"a.{container}", tmp_path / f"b.{container}"
