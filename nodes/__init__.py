@@ -19,6 +19,8 @@ MODULES = (
     "latents.join",
     "latents.files",
     "clips.plan",
+    "clips.composite",
+    "sampling.preview",
     "compare.detail",
     "compare.videos",
     "compare.round_trip",

@@ -145,10 +145,15 @@ def report_ui(report: str, *, unfolded: bool = False) -> dict[str, Any]:
 
 def keep_report(report: str, node_id: str) -> None:
     """Put a report on a node that works after its own turn, by the message that ComfyUI sends at the end of a turn."""
+    send_output(report_ui(report), node_id)
+
+
+def send_output(output: dict[str, Any], node_id: str) -> None:
+    """Give a node an output for the page outside its own turn; without a server nothing happens."""
     server = _server()
     if server is None:
         return
-    message = {"node": node_id, "display_node": node_id, "output": report_ui(report)}
+    message = {"node": node_id, "display_node": node_id, "output": output}
     message["prompt_id"] = getattr(server, "last_prompt_id", None)
     server.send_sync("executed", message, server.client_id)
 

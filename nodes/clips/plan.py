@@ -56,7 +56,8 @@ class PlanNode(io.ComfyNode):
         else:
             shape = (1, 3, frames, SPACE * cells[0], SPACE * cells[1])
         plan = vae.plan(direction, shape, budget)
-        head = f"{direction} {count_of(frames, 'frame')} {width}x{height}: {'exact' if plan.exact else 'not exact: blended'}"
+        exact = "exact" if plan.exact else "not exact: blended"
+        head = f"{direction} {count_of(frames, 'frame')} {width}x{height}: {exact}"
         words = [
             f"{vae.codec.family}, {dtype_words(vae.vae_dtype)} on {vae.device}, budget {size_words(budget)}",
             *plan_words(plan, vae.device),

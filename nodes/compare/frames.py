@@ -21,7 +21,7 @@ from .wipe import MOST_FRAMES, SIDE, WipeRecorder
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """The result. chart: an RGB picture; table: Markdown; report: a line, and a few that say more; ui: for the wipe player."""
+    """The result. chart: an RGB picture; table: Markdown; report: a line and more; ui: for the wipe player."""
 
     chart: Image.Image
     table: str

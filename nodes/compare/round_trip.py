@@ -53,7 +53,7 @@ class RoundTrip(io.ComfyNode):
                     io.MultiType,
                     "video",
                     types=[io.Image, io.Video],
-                    tooltip="The frames of one clip as IMAGE batch, or a VIDEO, which is read as it is encoded. Any size "
+                    tooltip="The frames of one clip as IMAGE batch, or a VIDEO, read as it is encoded. Any size "
                     "and number of frames.",
                 ),
                 field(
