@@ -37,8 +37,8 @@ class Clip:
     """Frames that a node works on.
 
     name: in messages. read: its `frames` frames, from the first on each time, as (1, 3, t, height, width) in [-1, 1],
-    any t. fps: None for images. aspect: width to height of a pixel. told: what of the file does not come through as it
-    is, as sentences without a dot.
+    any t. fps: None for images. aspect: width to height of a pixel. sound: reads the sound of these frames. remarks:
+    what a user may not expect, as sentences without a dot.
     """
 
     name: str
@@ -48,7 +48,12 @@ class Clip:
     width: int
     fps: Fraction | None
     aspect: Fraction = Fraction(1)
-    told: tuple[str, ...] = ()
+    sound: Callable[[], dict[str, Any] | None] | None = None
+    remarks: tuple[str, ...] = ()
+
+    def audio(self) -> dict[str, Any] | None:
+        """The sound of these frames as an AUDIO, or None where there is none."""
+        return None if self.sound is None else self.sound()
 
     def __str__(self) -> str:
         return f"{self.name} has {self.frames} frames of {self.width}x{self.height}"
@@ -99,21 +104,21 @@ class VideoSource(ABC):
     def frames(self, first: int = 0, count: int | None = None, piece: int = PIECE) -> Iterator[Tensor]:
         """The frames of a part as (1, 3, t, height, width) in [-1, 1], t up to `piece`; holds one such piece."""
         first, stop = self._span(first, count)
-        if count is not None and stop - first < count:
-            _log.warning("The video has %d frames from frame %d on, fewer than %d.", stop - first, first, count)
         return self._read(first, stop, piece)
 
     def clip(self, name: str, first: int = 0, count: int | None = None) -> Clip:
         """The frames of a part."""
+        start, stop = self._span(first, count)
         return Clip(
             name=name,
             read=lambda: self.frames(first, count),
-            frames=self.count(first, count),
+            frames=stop - start,
             height=self.height,
             width=self.width,
             fps=self.fps,
             aspect=self.aspect,
-            told=tuple(self.told(first, count)),
+            sound=lambda: self.audio(first, count),
+            remarks=(*past_the_end(first, count, stop), *self.told(first, count)),
         )
 
     def told(self, first: int = 0, count: int | None = None) -> list[str]:
@@ -125,26 +130,50 @@ class VideoSource(ABC):
         return self._sound(*self._span(first, count))
 
     def _span(self, first: int, count: int | None) -> tuple[int, int]:
-        if not 0 <= first < self.total:
-            raise VideoError(
-                f"The video has {self.total} frames, numbered from 0; a start at frame {first} is beyond them. Give a "
-                "smaller first frame."
-            )
+        checked_first(first, self.total)
         return first, self.total if count is None else min(first + count, self.total)
 
 
-def clip_of(video: Any, name: str, count: int | None = None, *, skip_damage: bool = False) -> Clip:
-    """The first `count` frames, None for all, of a VIDEO or an IMAGE. Raises ValueError where it is neither.
+def clip_of(video: Any, name: str, count: int | None = None, *, first: int = 0, skip_damage: bool = False) -> Clip:
+    """`count` frames, None for all, of a VIDEO or an IMAGE from `first` on. Raises ValueError where it is neither.
 
     skip_damage: a frame that is missing in a damaged file shows the one before, instead of an error.
     """
     if isinstance(video, Input.Video):
-        return open_video(video, skip_damage=skip_damage).clip(name, count=count)
+        return open_video(video, skip_damage=skip_damage).clip(name, first, count)
     if not isinstance(video, Tensor):
         raise ValueError(f"{name} is a {type(video).__name__}; connect an IMAGE batch or a VIDEO.")
-    pixels = pixels_of(video)[:count]
+    total = video.shape[0]
+    pixels = pixels_of(video[checked_first(first, total) :][:count])
     frames, height, width, _ = pixels.shape
-    return Clip(name=name, read=lambda: pieces_of(pixels), frames=frames, height=height, width=width, fps=None)
+    return Clip(
+        name=name,
+        read=lambda: pieces_of(pixels),
+        frames=frames,
+        height=height,
+        width=width,
+        fps=None,
+        remarks=past_the_end(first, count, total),
+    )
+
+
+def checked_first(first: int, total: int) -> int:
+    """`first` itself. Raises VideoError where a clip of `total` frames has no such frame."""
+    if not 0 <= first < total:
+        raise VideoError(
+            f"The video has {total} frames, numbered from 0; a start at frame {first} is beyond them. Give a smaller "
+            "first frame."
+        )
+    return first
+
+
+def past_the_end(first: int, count: int | None, total: int) -> tuple[str, ...]:
+    """A sentence where fewer frames are there than were asked for."""
+    if count is None or first + count <= total:
+        return ()
+    return (
+        f"{count} frames from frame {first} on were asked for, and the video ends after {total}: {total - first} taken",
+    )
 
 
 def open_video(video: Any, *, skip_damage: bool = False) -> VideoSource:

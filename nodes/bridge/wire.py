@@ -52,6 +52,20 @@ class Facts:
         return None if self.height is None or self.width is None else (self.height, self.width)
 
 
+class NotForSamplers(list[int]):
+    """The `batch_index` of a latent that no sampler can use: whoever makes noise for it gets a sentence, not noise.
+
+    It numbers the items of the batch, which ComfyUI's samplers turn into an array before they draw noise.
+    """
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            "This latent is of an IV-VAE, whose latent space is its own: no sampler of ComfyUI was trained on it, and "
+            "the result would be noise or an error. Encode with a CV-VAE, or with the VAE of the sampler's model; "
+            "latents of an IV-VAE are for Video VAE Decode."
+        )
+
+
 def samples_of(latent: Mapping[str, Any]) -> Tensor:
     """The tensor of a LATENT. Raises ValueError where there is none of rank 4 or 5."""
     samples = latent.get("samples") if isinstance(latent, Mapping) else None
@@ -109,11 +123,14 @@ def make_latent(samples: Tensor, facts: Facts, layout: Layout, base: Mapping[str
         "aspect": None if facts.aspect in (None, 1) else str(facts.aspect),
         "layout": layout,
     }
-    return {
+    latent = {
         **(base or {}),
         "samples": samples,
         FACTS: {name: value for name, value in told.items() if value is not None},
     }
+    if facts.family == "iv-vae":
+        latent["batch_index"] = NotForSamplers(range(samples.shape[0]))
+    return latent
 
 
 def to_video(samples: Tensor, layout: Layout, clips: int = 1) -> Tensor:
@@ -128,6 +145,18 @@ def to_video(samples: Tensor, layout: Layout, clips: int = 1) -> Tensor:
             "clips that divides them."
         )
     return rearrange(samples, "(b t) c h w -> b c t h w", b=clips)
+
+
+def layout_of(samples: Tensor, facts: Facts, chosen: Layout | None) -> Layout:
+    """How to take a LATENT's tensor: 5-D is a video; of 4-D the user's choice decides, then what the latent remembers.
+
+    chosen: the layout that the user chose in Load Video VAE; None where he left it to us.
+    """
+    if samples.ndim == 5:
+        return "video"
+    if chosen in ("frames", "images"):
+        return chosen
+    return facts.layout or "frames"
 
 
 def from_video(z: Tensor, layout: Layout) -> Tensor:
@@ -198,7 +227,9 @@ def _fraction(value: object) -> Fraction | None:
 
 def _who_makes(channels: int) -> str:
     return {
-        4: "cv-vae (SD 1.5, SD 2.1, SVD) or an IV-VAE with z 4",
-        8: "an IV-VAE with z 8",
-        16: "cv-vae-sd3 (SD3, SD3.5) or an IV-VAE with z 16",
+        4: "cv-vae for SD 1.5, SD 2.1 and SVD; an IV-VAE with z 4 for its own",
+        8: "an IV-VAE with z 8 for its own",
+        16: "cv-vae-sd3 for SD3 and SD3.5 alone, an IV-VAE with z 16 for its own. Flux, Wan, Hunyuan Video, Qwen-Image "
+        "and others have 16 channels, too, in latent spaces of their own: use the VAE of that model there, by "
+        "ComfyUI's Load VAE and VAE Decode",
     }.get(channels, "none of CV-VAE or IV-VAE makes such latents, so use the VAE of the model that sampled it")

@@ -7,9 +7,10 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ...vae_core.pictures.plan import draw_plan
-from ..bridge.native import budget_bytes, plan_words, require
-from ..bridge.running import report_ui
-from ..bridge.schema import GIB, budget_input, check_choice, describe, field, vae_input
+from ..bridge.native import budget_bytes, require
+from ..bridge.plan_words import plan_words
+from ..bridge.running import count_of, report_ui
+from ..bridge.schema import budget_input, check_choice, describe, dtype_words, field, size_words, vae_input
 from ..bridge.wire import image_of
 
 DIRECTIONS = ("decode", "encode")
@@ -23,7 +24,7 @@ class PlanNode(io.ComfyNode):
         return describe(
             node_id="CVIV_Plan",
             display_name="Video VAE Plan",
-            description="Says how a clip would be encoded or decoded within a memory budget: pieces, tiles, memory, "
+            description="Says how a clip would be encoded or decoded within a memory budget: chunks, tiles, memory, "
             "exact or not. Nothing is computed, so it answers at once, before an hour of sampling.",
             search_aliases=["tile plan", "memory estimate", "vae memory"],
             inputs=[
@@ -35,7 +36,7 @@ class PlanNode(io.ComfyNode):
                 budget_input(),
             ],
             outputs=[
-                io.Image.Output(display_name="picture", tooltip="The tiles over the frame and the pieces over time."),
+                io.Image.Output(display_name="picture", tooltip="The tiles over the frame and the chunks over time."),
                 io.String.Output(display_name="report", tooltip="The plan in words. Its memory is a prediction."),
             ],
             is_output_node=True,
@@ -54,12 +55,14 @@ class PlanNode(io.ComfyNode):
         else:
             shape = (1, 3, frames, height, width)
         plan = vae.plan(direction, shape, budget)
-        title = (
-            f"{direction} {frames} frames of {width}x{height} with {vae.codec.family}, "
-            f"{str(vae.vae_dtype).removeprefix('torch.')}, budget {budget / GIB:.1f} GiB"
-        )
-        image = image_of(draw_plan(plan, (height, width), frames, title))
-        report = f"{title}\n{plan_words(plan, vae.device)}"
+        exact = "exact" if plan.exact else "not exact: blended"
+        head = f"{direction} {count_of(frames, 'frame')} {width}x{height}: {exact}"
+        words = [
+            f"{vae.codec.family}, {dtype_words(vae.vae_dtype)} on {vae.device}, budget {size_words(budget)}",
+            *plan_words(plan, vae.device),
+        ]
+        image = image_of(draw_plan(plan, (height, width), frames, head, words))
+        report = "\n".join((head, *words))
         shown = ui.PreviewImage(image, cls=cls).as_dict() | report_ui(report)
         return io.NodeOutput(image, report, ui=shown)
 

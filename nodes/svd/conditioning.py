@@ -182,8 +182,8 @@ def told_of(rate: int, bucket: int) -> list[str]:
     lines = [f"SVD is told {rate} latents per second"]
     if not FEWEST_RATE <= rate <= MOST_RATE:
         lines.append(
-            f"SVD was trained on {FEWEST_RATE} to {MOST_RATE} per second: choose an fps of {VIDEO.time * FEWEST_RATE} to "
-            f"{VIDEO.time * MOST_RATE}, or expect odd motion"
+            f"SVD was trained on {FEWEST_RATE} to {MOST_RATE} per second: choose an fps of "
+            f"{VIDEO.time * FEWEST_RATE} to {VIDEO.time * MOST_RATE}, or expect odd motion"
         )
     if bucket > MOST:
         lines.append(f"motion_bucket_id {bucket} is above {MOST}, the most that SVD was trained on: expect odd motion")

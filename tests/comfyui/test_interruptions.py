@@ -98,7 +98,7 @@ def test_out_of_memory_once(
     assert values == sorted(values)
     if node == "CVIV_Decode":
         assert "out of memory after" in rest[-1]
-        assert "went on from there in smaller pieces: Exact tiles of at most" in rest[-1]
+        assert "went on from there in less at a time: Exact tiles of at most" in rest[-1]
         assert "2 per piece, exact" in rest[-1]
 
     monkeypatch.undo()

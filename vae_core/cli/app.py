@@ -264,15 +264,12 @@ def download_command(
     official = OFFICIAL_FILES.get(name)
     if official is None:
         raise UserError(f"{name!r} is not a published file; choose one of {', '.join(OFFICIAL_FILES)}.")
-    if official.host == "huggingface":
-        path = download(name, output)  # its library draws a bar of its own
-    else:
-        with _bar("downloading", None, unit="MB") as (bar, task):
+    with _bar("downloading", None, unit="MB") as (bar, task):
 
-            def report_bytes(here: int, total: int | None) -> None:
-                bar.update(task, completed=here // 10**6, total=None if total is None else total // 10**6)
+        def report_bytes(here: int, total: int | None) -> None:
+            bar.update(task, completed=here // 10**6, total=None if total is None else total // 10**6)
 
-            path = download(name, output, report=report_bytes)
+        path = download(name, output, report=report_bytes)
     say(f"{path}\nlicence: {official.licence}; from {official.page}")
 
 
