@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from .calls import ENCODE_VIDEO, decode_to_video
+from .calls import ENCODE_PART, decode_to_video
 from .conftest import LoadVAE
 from .inprocess import Comfy, NodeError
 
@@ -27,8 +27,10 @@ def _source(comfy: Comfy, path: Path, **choice: bool) -> Any:
 
 
 def _encode(comfy: Comfy, vae: Any, path: Path, **changes: Any) -> tuple[dict[str, Any], float, Any, str]:
-    """(latent, fps, audio, report) of Video VAE Encode Video."""
-    return comfy.call("CVIV_EncodeVideo", vae=vae, video=_video(comfy, path), **{**ENCODE_VIDEO, **changes})
+    """(latent, fps, audio, report) of Video VAE Encode."""
+    choices = {**ENCODE_PART, "preview": False, **changes}
+    latent, report, fps, audio = comfy.call("CVIV_Encode", vae=vae, images=_video(comfy, path), **choices)
+    return latent, fps, audio, report
 
 
 def _read(source: Any) -> torch.Tensor:
