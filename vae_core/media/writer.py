@@ -32,6 +32,7 @@ from .sound import Sound
 from .timeline import Shifts
 
 _TICKS = 90000  # per second, where frames have times of their own
+_MATROSKA = (".mkv", ".webm")  # PyAV cannot set the display size of their tracks; h264 keeps the shape itself
 
 
 class VideoWriter:
@@ -108,7 +109,13 @@ class VideoWriter:
     @property
     def told(self) -> list[str]:
         """What did not come through as it was, known once the block is entered."""
-        return [] if self._audio is None else self._audio.told
+        told = [] if self._audio is None else [*self._audio.told]
+        if self._aspect != 1 and self._suffix in _MATROSKA and self._choice.codec != "h264":
+            told.append(
+                f"{self._name}: pixels of {self._aspect.numerator}:{self._aspect.denominator} are written as square "
+                f"ones, since {self._suffix} holds their shape with h264 alone; choose .mp4 or .mov, or h264."
+            )
+        return told
 
     @property
     def _part(self) -> Path:
