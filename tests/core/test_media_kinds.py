@@ -343,7 +343,7 @@ def test_eight_generations_change_nothing(tmp_path: Path, codec: str, bits: int)
         made.append(read_all(tmp_path / "a.mkv"))
     drift = (made[-1] - made[0]).abs() * 127.5
     assert float((drift > 1).float().mean()) < 0.01  # where colours are as saturated as RGB holds, 4:2:0 cuts them off
-    assert float(drift.mean()) < 0.05
+    assert float(drift.mean()) < 0.15
     assert float((made[-1] - made[-2]).abs().max()) * 127.5 < 1
     assert float((made[-1] - video).abs().mean() * 127.5) < 1
 
