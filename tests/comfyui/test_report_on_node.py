@@ -74,7 +74,7 @@ def test_a_report_has_one_line_and_no_noise(comfy: Comfy, load_vae: LoadVAE) -> 
     assert re.fullmatch(r"1 frame 24x16, \d+\.\d s, \d+\.\d fps, exact(, peak \d+\.\d GiB RAM)?", head)
     assert details[0] == "cv-vae, float32 on cpu"
     with records() as log:
-        images, _, report = decode(comfy, load_vae(SMALL["cv"]), latent)
+        *_, report = decode(comfy, load_vae(SMALL["cv"]), latent)
     lines = report.splitlines()
     assert len(lines) == len(set(lines))
     assert " 0 MiB" not in report
@@ -263,7 +263,8 @@ def test_nothing_is_left_to_say_after_a_cancel(page: Page) -> None:
     page.evaluate("prompt => window.app.loadApiJson(prompt, 'cancelled')", slow)
     page.wait_for_function("window.app.graph._nodes.length === 9")
     page.evaluate(
-        """() => { window.cancelled = new Promise(done => window.app.api.addEventListener("execution_interrupted", done));
+        """() => {
+            window.cancelled = new Promise(done => window.app.api.addEventListener("execution_interrupted", done));
             window.app.api.addEventListener("progress_text", () => window.app.api.interrupt()); }"""
     )
     page.locator('[data-testid="queue-button"]').click()

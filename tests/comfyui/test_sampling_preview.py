@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def sampling(comfy: Comfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> d
 
 
 @pytest.fixture
-def sent(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+def sent(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Outputs that nodes were given outside their turn."""
     found: list[dict[str, Any]] = []
     server = comfy.module("server").PromptServer.instance
@@ -55,7 +54,7 @@ def sent(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[st
         before(event, data, sid)
 
     monkeypatch.setattr(server, "send_sync", send)
-    yield found
+    return found
 
 
 def sample(comfy: Comfy, sampling: dict[str, Any], steps: int = 4, **changes: Any) -> torch.Tensor:
