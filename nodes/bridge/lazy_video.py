@@ -1,4 +1,4 @@
-"""A VIDEO whose frames are made only while something reads or writes it, a piece at a time."""
+"""A VIDEO whose frames are made only while something reads or writes it, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class LazyVideo(Input.Video):
     """A VIDEO of `frame_count` frames that holds none of them.
 
     frames: called anew by everything that reads the video, as frames(start, stop); it yields the frames from start to
-    stop - 1 as (t, height, width, 3) in 0..1, in pieces of any length, and is closed when its reader stops early.
-    byte_frames: the same in 0..255 as uint8, for files of 8 bits, each piece good until the next is asked for; None:
+    stop - 1 as (t, height, width, 3) in 0..1, in chunks of any length, and is closed when its reader stops early.
+    byte_frames: the same in 0..255 as uint8, for files of 8 bits, each chunk good until the next is asked for; None:
     `frames` serves them, too. audio: a ComfyUI AUDIO of the whole video, or None. crf: quality of the file where the
     one who saves it asks for none; codec and bits per channel likewise. aspect: width to height of a pixel. copied:
     called with the file that a second writing is a copy of.
@@ -119,7 +119,7 @@ class LazyVideo(Input.Video):
 
     # ----------------------------------------------------------------------------------------------------- its content
 
-    def pieces(self, first: int = 0, stop: int | None = None) -> Generator[Tensor, None, None]:
+    def chunks(self, first: int = 0, stop: int | None = None) -> Generator[Tensor, None, None]:
         """The frames first to stop - 1, None for the end, as (t, h, w, 3) in 0..1; decodes while it is read."""
         stop = self._count if stop is None else min(stop, self._count)
         yield from self._frames(self._first + first, self._first + stop)
@@ -133,10 +133,10 @@ class LazyVideo(Input.Video):
         """All frames in one tensor, with sound and rate: for those who need them in memory."""
         images = torch.empty(self._count, self._height, self._width, 3)
         done = 0
-        with closing(self.pieces()) as pieces:
-            for piece in pieces:
-                images[done : done + piece.shape[0]] = piece
-                done += piece.shape[0]
+        with closing(self.chunks()) as chunks:
+            for chunk in chunks:
+                images[done : done + chunk.shape[0]] = chunk
+                done += chunk.shape[0]
         self._check_count(done)
         return Types.VideoComponents(images=images, audio=self.audio_of(), frame_rate=self._rate)
 
@@ -215,12 +215,12 @@ class LazyVideo(Input.Video):
             bits=bits,
             metadata=texts,
         )
-        with writer, closing(self._levels() if bits == 8 else self.pieces()) as pieces:
-            for piece in pieces:
-                if piece.dtype == torch.uint8:
-                    writer.write_pixels(piece)
+        with writer, closing(self._levels() if bits == 8 else self.chunks()) as chunks:
+            for chunk in chunks:
+                if chunk.dtype == torch.uint8:
+                    writer.write_pixels(chunk)
                 else:
-                    writer.write(rearrange(piece, "t h w c -> 1 c t h w") * 2 - 1)
+                    writer.write(rearrange(chunk, "t h w c -> 1 c t h w") * 2 - 1)
             self._check_count(writer.frames)
         if isinstance(target, (str, os.PathLike)):
             self._written.add(form, Path(target))
@@ -236,7 +236,7 @@ class LazyVideo(Input.Video):
         return True
 
     def _levels(self) -> Generator[Tensor, None, None]:
-        """All frames for a file of 8 bits: uint8 where whoever makes them can, else as `pieces`."""
+        """All frames for a file of 8 bits: uint8 where whoever makes them can, else as `chunks`."""
         yield from (self._byte_frames or self._frames)(self._first, self._first + self._count)
 
     def get_stream_source(self) -> str:

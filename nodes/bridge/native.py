@@ -1,7 +1,7 @@
 """The VAE object: a ComfyUI VAE that stock nodes can use, over a `vae_core.VideoVAE`.
 
 Every attribute that either version of ComfyUI reads is set here; nothing of the parent's constructor runs. Pixels and
-latents are on the CPU and pass through the device one piece at a time, in all entry points.
+latents are on the CPU and pass through the device one chunk at a time, in all entry points.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .wire import (
     from_video,
     images_of,
     layout_of,
-    pieces_of,
+    chunks_of,
     pixels_of,
     read_facts,
     samples_of,
@@ -80,7 +80,7 @@ class Network(nn.Module):
         return z if device is None else z.to(device)
 
     def decode(self, z: Tensor, output_buffer: Tensor | None = None) -> Tensor:
-        """Frames, piece by piece into `output_buffer` where there is one."""
+        """Frames, chunk by chunk into `output_buffer` where there is one."""
         return _fill(self.codec.decode_stream(z), self.decode_output_shape(z.shape), z, output_buffer)
 
     def decode_tiled(self, z: Tensor, *, tile_x: int = 32, tile_y: int = 32, **_: Any) -> Tensor:
@@ -93,12 +93,12 @@ class Network(nn.Module):
         return self.codec.encode(x, pad=True, plan=_tiles_of_pixels(self.codec, tile_y, tile_x))
 
 
-def _fill(pieces: Iterable[Tensor], shape: tuple[int, ...], like: Tensor, out: Tensor | None) -> Tensor:
+def _fill(chunks: Iterable[Tensor], shape: tuple[int, ...], like: Tensor, out: Tensor | None) -> Tensor:
     out = like.new_empty(shape) if out is None else out
     done = 0
-    for piece in pieces:
-        out[:, :, done : done + piece.shape[2]] = piece
-        done += piece.shape[2]
+    for chunk in chunks:
+        out[:, :, done : done + chunk.shape[2]] = chunk
+        done += chunk.shape[2]
     return out
 
 
@@ -201,8 +201,8 @@ class NativeVideoVAE(comfy.sd.VAE):
         latent = {"samples": samples}
         z = self.video_latent(latent)
         frames = self.compression.pixel_frames(z.shape[2])
-        pieces = self.decode_pieces(z, Run(z.shape[0] * frames), tiles=tiles, lent=True)
-        images = collect_images(pieces, z.shape[0], frames).to(self.output_device)
+        chunks = self.decode_chunks(z, Run(z.shape[0] * frames), tiles=tiles, lent=True)
+        images = collect_images(chunks, z.shape[0], frames).to(self.output_device)
         return images if samples.ndim == 5 else images.flatten(0, 1)
 
     def _encode_all(self, pixels: Tensor, tiles: Tiling) -> Tensor:
@@ -217,7 +217,7 @@ class NativeVideoVAE(comfy.sd.VAE):
     def _encode_clip(self, clip: Tensor, run: Run, tiles: Tiling) -> Iterator[Tensor]:
         images = pixels_of(clip)
         shape = (1, 3, images.shape[0], *images.shape[1:3])
-        return self.encode_pieces(pieces_of(images), shape, run, tiles=tiles)
+        return self.encode_chunks(chunks_of(images), shape, run, tiles=tiles)
 
     # ------------------------------------------------------------------------------------------------ what ours call
 
@@ -232,7 +232,7 @@ class NativeVideoVAE(comfy.sd.VAE):
         """How this VAE takes a LATENT."""
         return layout_of(samples_of(latent), read_facts(latent), self.chosen)
 
-    def decode_pieces(
+    def decode_chunks(
         self,
         z: Tensor,
         run: Run,
@@ -244,10 +244,10 @@ class NativeVideoVAE(comfy.sd.VAE):
         dtype: torch.dtype = torch.float32,
         lent: bool = False,
     ) -> Iterator[Tensor]:
-        """Frames of (b, z, t, h, w), clip after clip, as (1, t, h, w, 3) pieces in 0..1 on the CPU.
+        """Frames of (b, z, t, h, w), clip after clip, as (1, t, h, w, 3) chunks in 0..1 on the CPU.
 
-        frames, size: of every clip; what padding added goes. budget: bytes of device memory for one piece; None: as
-        much as could be free. tiles: decode in these, and do not plan. dtype: torch.uint8 for 0..255. lent: a piece is
+        frames, size: of every clip; what padding added goes. budget: bytes of device memory for one chunk; None: as
+        much as could be free. tiles: decode in these, and do not plan. dtype: torch.uint8 for 0..255. lent: a chunk is
         good until the next is asked for. Raises ValueError for a result that is not finite.
         """
         clip_shape = (1, *z.shape[1:])
@@ -260,14 +260,14 @@ class NativeVideoVAE(comfy.sd.VAE):
                     clip, dtype=dtype, lent=lent, check=True, frames=frames, size=size, plan=tiles, recover=recover
                 )
                 for images in _explained(stream, self.codec.dtype):
-                    gauge.piece_done()
+                    gauge.chunk_done()
                     run.step(images.shape[1], images[0, -1])
                     yield images
                     del images  # not while the next is computed
 
-    def encode_pieces(
+    def encode_chunks(
         self,
-        pieces: Iterable[Tensor],
+        chunks: Iterable[Tensor],
         shape: tuple[int, ...],
         run: Run,
         *,
@@ -276,34 +276,34 @@ class NativeVideoVAE(comfy.sd.VAE):
         budget: int | None = None,
         tiles: Tiling = None,
     ) -> Iterator[Tensor]:
-        """Latents of a stream of (1, 3, t, h, w) pieces in [-1, 1], padded to whole latents, as float32 on the CPU.
+        """Latents of a stream of (1, 3, t, h, w) chunks in [-1, 1], padded to whole latents, as float32 on the CPU.
 
-        shape: of the whole clip. Other arguments as in `decode_pieces` and `VideoVAE.encode_stream`.
+        shape: of the whole clip. Other arguments as in `decode_chunks` and `VideoVAE.encode_stream`.
         """
         asked = budget, tiles
         tiles, gauge = self._prepare("encode", shape, run, budget, tiles)
         with self._on_device():
             stream = self.codec.encode_stream(
-                _counted(pieces, run),
+                _counted(chunks, run),
                 pad=True,
                 sample=sample,
                 generator=generator,
                 plan=tiles,
                 recover=self._recover("encode", shape, run, asked, gauge),
             )
-            for piece in _explained(_guarded(stream), self.codec.dtype):
-                gauge.piece_done()
+            for chunk in _explained(_guarded(stream), self.codec.dtype):
+                gauge.chunk_done()
                 mm.throw_exception_if_processing_interrupted()
-                yield piece.float()
+                yield chunk.float()
 
     # --------------------------------------------------------------------------------------------------------- memory
 
     def _decode_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Device memory that decoding needs: of one piece, however long the clip; shape is the latent's."""
+        """Device memory that decoding needs: of one chunk, however long the clip; shape is the latent's."""
         return self.codec.decode_bytes(shape[-2], shape[-1], dtype=dtype)
 
     def _encode_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Device memory that encoding needs: of one piece, however long the clip; shape is the pixels'."""
+        """Device memory that encoding needs: of one chunk, however long the clip; shape is the pixels'."""
         return self.codec.encode_bytes(shape[-2], shape[-1], dtype=dtype)
 
     def _prepare(
@@ -330,7 +330,7 @@ class NativeVideoVAE(comfy.sd.VAE):
             SESSION,
             self._setting,
             predicted=int(plan.device_bytes / SESSION.margin(self._setting)),
-            pieces=1 if self.codec.model.family.latents.overlap else 2,  # the first group of an IV-VAE is one frame
+            chunks=1 if self.codec.model.family.latents.overlap else 2,  # the first group of an IV-VAE is one frame
             peak=peak_reader(self.device),
         )
         return plan.tiles, gauge
@@ -367,7 +367,7 @@ class NativeVideoVAE(comfy.sd.VAE):
         return max(1, int(free * _AUTOMATIC_SHARE))
 
     def _recover(self, task: Direction, shape: tuple[int, ...], run: Run, asked: Hashable, gauge: Gauge) -> Any:
-        """What to do when a piece runs out of memory: the next smaller tiles, from that piece on."""
+        """What to do when a chunk runs out of memory: the next smaller tiles, from that chunk on."""
         job = self._job(task, shape)
 
         def recover(error: Exception, tiles: Tiling) -> Tiling:
@@ -394,9 +394,9 @@ class NativeVideoVAE(comfy.sd.VAE):
         return nullcontext() if context is None else context(self.device)
 
 
-def collect_images(pieces: Iterable[Tensor], clips: int, frames: int) -> Tensor:
-    """(clips, frames, h, w, 3) from the pieces of clip after clip, each of `frames`; allocated once."""
-    return collect(pieces, clips * frames, dim=1)[0].unflatten(0, (clips, frames))
+def collect_images(chunks: Iterable[Tensor], clips: int, frames: int) -> Tensor:
+    """(clips, frames, h, w, 3) from the chunks of clip after clip, each of `frames`; allocated once."""
+    return collect(chunks, clips * frames, dim=1)[0].unflatten(0, (clips, frames))
 
 
 def require(vae: object) -> NativeVideoVAE:
@@ -414,22 +414,22 @@ def budget_bytes(gib: float) -> int | None:
     return int(gib * GIB) or None
 
 
-def _counted(pieces: Iterable[Tensor], run: Run) -> Iterator[Tensor]:
-    for piece in pieces:
-        yield piece
-        run.step(piece.shape[2], images_of(piece[:, :, -1:])[0, 0])
+def _counted(chunks: Iterable[Tensor], run: Run) -> Iterator[Tensor]:
+    for chunk in chunks:
+        yield chunk
+        run.step(chunk.shape[2], images_of(chunk[:, :, -1:])[0, 0])
 
 
 def _guarded(stream: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Pass pieces on; raise NotFiniteError at the first that is not finite."""
-    for index, piece in enumerate(stream):
-        if not torch.isfinite(piece).all():
+    """Pass chunks on; raise NotFiniteError at the first that is not finite."""
+    for index, chunk in enumerate(stream):
+        if not torch.isfinite(chunk).all():
             raise NotFiniteError(index)
-        yield piece
+        yield chunk
 
 
 def _explained(stream: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Pass pieces on; where they are not finite, raise ValueError with the remedy."""
+    """Pass chunks on; where they are not finite, raise ValueError with the remedy."""
     try:
         yield from stream
     except NotFiniteError as error:
@@ -438,4 +438,4 @@ def _explained(stream: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]
             if dtype == torch.float16
             else "The input holds NaN or infinity already: look at the node before, or lower its strength."
         )
-        raise ValueError(f"Piece {error.piece} of the result holds NaN or infinity. {remedy}") from error
+        raise ValueError(f"Chunk {error.piece} of the result holds NaN or infinity. {remedy}") from error

@@ -52,7 +52,7 @@ def budget_input() -> Any:
         min=0.0,
         max=1024.0,
         step=0.1,
-        tooltip="Device memory that working on one piece may take, in GiB, weights not counted. A smaller budget gives "
+        tooltip="Device memory that working on one chunk may take, in GiB, weights not counted. A smaller budget gives "
         "smaller tiles and the same picture. 0 = as much as is free.",
         advanced=True,
     )

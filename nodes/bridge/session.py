@@ -46,20 +46,20 @@ class Session:
 
 
 class Gauge:
-    """Compares the memory that a run takes with what was predicted, once its first pieces are done.
+    """Compares the memory that a run takes with what was predicted, once its first chunks are done.
 
-    predicted: bytes of live tensors, without a margin. pieces: how many reach the peak. peak: reads the most bytes in
+    predicted: bytes of live tensors, without a margin. chunks: how many reach the peak. peak: reads the most bytes in
     use since the run began, beyond those from before; None where nothing can be measured.
     """
 
     def __init__(
-        self, session: Session, setting: Hashable, *, predicted: int, pieces: int, peak: Callable[[], int] | None
+        self, session: Session, setting: Hashable, *, predicted: int, chunks: int, peak: Callable[[], int] | None
     ) -> None:
         self._session, self._setting, self._predicted = session, setting, predicted
-        self._left, self._peak = pieces, peak
+        self._left, self._peak = chunks, peak
 
-    def piece_done(self) -> None:
-        """One piece more; what it took is kept when enough are done."""
+    def chunk_done(self) -> None:
+        """One chunk more; what it took is kept when enough are done."""
         self._left -= 1
         if self._peak is None or self._left != 0:
             return

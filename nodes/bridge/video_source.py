@@ -1,4 +1,4 @@
-"""Frames and sound out of any VIDEO, a piece at a time; a VIDEO or an IMAGE as the clip that a node works on."""
+"""Frames and sound out of any VIDEO, a chunk at a time; a VIDEO or an IMAGE as the clip that a node works on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ...vae_core.media.sound import read_sound
 from ...vae_core.media.timeline import Timeline
 from ...vae_core.media.video import losses, probe, read_shown, timeline_of
 from .lazy_video import LazyVideo, cut_audio
-from .wire import PIECE, pieces_of, pixels_of
+from .wire import CHUNK, chunks_of, pixels_of
 
 _TICK = Fraction(1, 10000)  # seconds by which a time given as a float may miss a frame
 
@@ -65,8 +65,8 @@ class Clip:
 
     def singles(self) -> Iterator[Tensor]:
         """The same frames one by one."""
-        for piece in self.read():
-            yield from piece.split(1, dim=2)
+        for chunk in self.read():
+            yield from chunk.split(1, dim=2)
 
 
 class VideoSource(ABC):
@@ -91,7 +91,7 @@ class VideoSource(ABC):
         """Number of frames."""
 
     @abstractmethod
-    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]: ...
+    def _read(self, first: int, stop: int, chunk: int) -> Iterator[Tensor]: ...
 
     @abstractmethod
     def _sound(self, first: int, stop: int) -> dict[str, Any] | None: ...
@@ -101,10 +101,10 @@ class VideoSource(ABC):
         first, stop = self._span(first, count)
         return stop - first
 
-    def frames(self, first: int = 0, count: int | None = None, piece: int = PIECE) -> Iterator[Tensor]:
-        """The frames of a part as (1, 3, t, height, width) in [-1, 1], t up to `piece`; holds one such piece."""
+    def frames(self, first: int = 0, count: int | None = None, chunk: int = CHUNK) -> Iterator[Tensor]:
+        """The frames of a part as (1, 3, t, height, width) in [-1, 1], t up to `chunk`; holds one such chunk."""
         first, stop = self._span(first, count)
-        return self._read(first, stop, piece)
+        return self._read(first, stop, chunk)
 
     def clip(self, name: str, first: int = 0, count: int | None = None) -> Clip:
         """The frames of a part."""
@@ -148,7 +148,7 @@ def clip_of(video: Any, name: str, count: int | None = None, *, first: int = 0, 
     frames, height, width, _ = pixels.shape
     return Clip(
         name=name,
-        read=lambda: pieces_of(pixels),
+        read=lambda: chunks_of(pixels),
         frames=frames,
         height=height,
         width=width,
@@ -214,10 +214,10 @@ class _LazySource(VideoSource):
     def total(self) -> int:
         return self._video.get_frame_count()
 
-    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
-        with contextlib.closing(self._video.pieces(first, stop)) as pieces:
-            for images in pieces:
-                yield from pieces_of(images, piece)
+    def _read(self, first: int, stop: int, chunk: int) -> Iterator[Tensor]:
+        with contextlib.closing(self._video.chunks(first, stop)) as chunks:
+            for images in chunks:
+                yield from chunks_of(images, chunk)
 
     def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
         return self._video.audio_of(first, stop)
@@ -239,8 +239,8 @@ class _TensorSource(VideoSource):
     def total(self) -> int:
         return self._images.shape[0]
 
-    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
-        yield from pieces_of(self._images[first:stop], piece)
+    def _read(self, first: int, stop: int, chunk: int) -> Iterator[Tensor]:
+        yield from chunks_of(self._images[first:stop], chunk)
 
     def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
         return cut_audio(self._audio, first / self.fps, stop / self.fps)
@@ -304,13 +304,13 @@ class _FileSource(VideoSource):
             self._all = list(range(early, late)) if even else timeline.resampled(timeline.fps, early, late)
         return self._all
 
-    def _read(self, first: int, stop: int, piece: int) -> Iterator[Tensor]:
+    def _read(self, first: int, stop: int, chunk: int) -> Iterator[Tensor]:
         shown, timeline = self._shown(stop)[first:stop], self._known()
         if timeline.resized is not None and shown[0] < timeline.resized.frame <= shown[-1]:
             raise VideoError(f"{self._path}: {timeline.resized.words()}")
         if not self._skip_damage:
             timeline.check(self._path, shown[0], shown[-1] + 1)
-        yield from read_shown(self._path, timeline, shown, piece)
+        yield from read_shown(self._path, timeline, shown, chunk)
 
     def _span(self, first: int, count: int | None) -> tuple[int, int]:
         if first >= 0 and count is not None:

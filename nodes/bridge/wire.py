@@ -21,7 +21,7 @@ from ...vae_core.families import FAMILIES, VIDEO, Compression
 
 Layout = Literal["frames", "video", "images"]
 FACTS = "cviv"
-PIECE = 16  # frames that go through the host at a time
+CHUNK = 16  # frames that go through the host at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,15 +192,15 @@ def pixels_of(images: Tensor) -> Tensor:
     return images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images[..., :3]
 
 
-def pieces_of(images: Tensor, piece: int = PIECE) -> Iterator[Tensor]:
-    """An IMAGE as (1, 3, t, h, w) pieces in [-1, 1], t up to `piece`, so that no second copy of the clip is made."""
-    for part in images.split(piece):
+def chunks_of(images: Tensor, chunk: int = CHUNK) -> Iterator[Tensor]:
+    """An IMAGE as (1, 3, t, h, w) chunks in [-1, 1], t up to `chunk`, so that no second copy of the clip is made."""
+    for part in images.split(chunk):
         yield (rearrange(part.float(), "t h w c -> 1 c t h w") * 2 - 1).clamp_(-1, 1)
 
 
-def images_of(piece: Tensor) -> Tensor:
+def images_of(chunk: Tensor) -> Tensor:
     """(b, t, h, w, 3) float32 in 0..1 of frames (b, 3, t, h, w) in [-1, 1]."""
-    return rearrange(piece, "b c t h w -> b t h w c").float().add(1).div_(2).clamp_(0, 1)
+    return rearrange(chunk, "b c t h w -> b t h w c").float().add(1).div_(2).clamp_(0, 1)
 
 
 def image_of(picture: Image.Image) -> Tensor:

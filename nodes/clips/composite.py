@@ -16,7 +16,7 @@ from ..bridge.lazy_video import LazyVideo
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import describe, field
 from ..bridge.video_source import Clip, clip_of
-from ..bridge.wire import PIECE, images_of
+from ..bridge.wire import CHUNK, images_of
 
 DEFAULT_FPS = 24
 
@@ -155,7 +155,7 @@ def _merged(
     start, stop = span
     pairs = zip(islice(before.singles(), start, stop), islice(after.singles(), start, stop), strict=True)
     number = start
-    while batch := list(islice(pairs, PIECE)):
+    while batch := list(islice(pairs, CHUNK)):
         ours, theirs = (images_of(torch.cat(clip, dim=2))[0] for clip in zip(*batch, strict=True))  # t h w c
         part = weights if weights.shape[0] == 1 else weights[number : number + len(batch)]
         share = part.permute(0, 2, 3, 1)  # t h w 1

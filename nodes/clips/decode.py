@@ -117,8 +117,8 @@ class Decode(io.ComfyNode):
         run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview, size=facts.size)
         budget = budget_bytes(memory_budget_gb)
         with _latent_kept(samples, vae, wanted=save_latent_on_failure):
-            pieces = vae.decode_pieces(z, run, frames=facts.frames, size=facts.size, budget=budget, lent=True)
-            images = collect_images(pieces, z.shape[0], facts.frames).flatten(0, 1)
+            chunks = vae.decode_chunks(z, run, frames=facts.frames, size=facts.size, budget=budget, lent=True)
+            images = collect_images(chunks, z.shape[0], facts.frames).flatten(0, 1)
         if images.nbytes >= GIB:
             run.note(
                 f"the images take {size_words(images.nbytes)} of RAM; Video VAE Decode to Video never holds them all"
@@ -222,9 +222,9 @@ class DecodeToVideo(io.ComfyNode):
             run = Run(stop, node_id=node_id, preview=preview, size=facts.size)
             for sentence in told:
                 run.note(sentence)
-            pieces = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id, dtype)
+            chunks = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id, dtype)
             with _latent_kept(samples, vae, wanted=save_latent_on_failure):
-                yield from pieces
+                yield from chunks
 
         video = LazyVideo(
             frames,
@@ -265,9 +265,9 @@ def _part(
     """
     done, lent = 0, dtype == torch.uint8
     try:
-        for piece in vae.decode_pieces(z, run, frames=stop, size=facts.size, budget=budget, dtype=dtype, lent=lent):
-            part = piece[0, max(0, start - done) :]
-            done += piece.shape[1]
+        for chunk in vae.decode_chunks(z, run, frames=stop, size=facts.size, budget=budget, dtype=dtype, lent=lent):
+            part = chunk[0, max(0, start - done) :]
+            done += chunk.shape[1]
             if part.shape[0]:
                 yield part
         keep_report(run.finish(), node_id)

@@ -33,7 +33,7 @@ def encode_clip(
     latents = [
         latent
         for stream in streams
-        for latent in vae.encode_pieces(
+        for latent in vae.encode_chunks(
             stream,
             (1, 3, length, clip.height, clip.width),
             run,

@@ -13,7 +13,7 @@ from ...vae_core.detail.fusion import MOST_CONFIDENCE, DetailSettings, check_cou
 from ...vae_core.families import VIDEO
 from ..bridge.running import Run
 from ..bridge.schema import describe, field
-from ..bridge.wire import images_of, pieces_of, pixels_of
+from ..bridge.wire import images_of, chunks_of, pixels_of
 
 UNLIKE = 0.5  # correlation below which a keyframe and its frames seem to be of different pictures
 
@@ -98,11 +98,11 @@ def _fuse(video: Tensor, images: Tensor, settings: DetailSettings, run: Run) -> 
     result = torch.empty(video.shape, dtype=torch.float32)
     carried: list[float] = []
     likeness: list[float] = []
-    for piece in fuse_detail(_on_host(video), _on_host(images), settings):
-        pixels = images_of(piece.frames)[0]
+    for chunk in fuse_detail(_on_host(video), _on_host(images), settings):
+        pixels = images_of(chunk.frames)[0]
         result[run.done : run.done + pixels.shape[0]] = pixels
-        carried.extend(piece.carried)
-        likeness.extend([] if piece.likeness is None else [piece.likeness])
+        carried.extend(chunk.carried)
+        likeness.extend([] if chunk.likeness is None else [chunk.likeness])
         run.step(pixels.shape[0])
     least = min(range(len(carried)), key=carried.__getitem__)
     run.note(
@@ -119,8 +119,8 @@ def _fuse(video: Tensor, images: Tensor, settings: DetailSettings, run: Run) -> 
 
 
 def _on_host(images: Tensor) -> Iterator[Tensor]:
-    """Pieces of an IMAGE on the CPU, where the motion is found; ComfyUI may keep images on the GPU."""
-    return (piece.cpu() for piece in pieces_of(images))
+    """Chunks of an IMAGE on the CPU, where the motion is found; ComfyUI may keep images on the GPU."""
+    return (chunk.cpu() for chunk in chunks_of(images))
 
 
 def _fitting(images: Tensor, video: Tensor, run: Run) -> Tensor:

@@ -30,7 +30,7 @@ class Compared:
 
 
 class Comparison:
-    """Compares two clips of `frames` frames of `size` = (height, width) that pass by in pieces; the first is the truth.
+    """Compares two clips of `frames` frames of `size` = (height, width) that pass by in chunks; the first is the truth.
 
     labels: of the two. fps, side, most_frames: as in `WipeRecorder`. device: to compute PSNR and SSIM on, a frame at a
     time; None: the CPU. It holds figures and two frames, not the clips.

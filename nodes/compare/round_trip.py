@@ -23,7 +23,7 @@ from ..bridge.native import NativeVideoVAE, budget_bytes
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, describe, dtype_words, field
 from ..bridge.video_source import Clip, clip_of
-from ..bridge.wire import PIECE, image_of, images_of, pieces_of
+from ..bridge.wire import CHUNK, image_of, images_of, chunks_of
 from ..clips.encode import encode_clip
 from .frames import Comparison
 
@@ -96,7 +96,7 @@ class RoundTrip(io.ComfyNode):
         images, done = torch.empty(source.frames, *source.size, 3), 0
         for part in parts:
             seams = seams or SeamMeter(told.borders)
-            for result in pieces_of(part):
+            for result in chunks_of(part):
                 original = torch.cat(list(islice(originals, result.shape[2])), dim=2)
                 comparison.add(original, result)
                 seams.update(result, original)
@@ -123,16 +123,16 @@ def _through_ours(vae: NativeVideoVAE, source: Clip, node_id: str, budget_gb: fl
     told.reports.append(f"encoding: {report}")
     run = Run(source.frames, node_id=node_id, size=source.size)
     single = vae.layout == "images"
-    pieces = vae.decode_pieces(
+    chunks = vae.decode_chunks(
         vae.video_latent(latent),
         run,
         frames=1 if single else source.frames,
         size=source.size,
         budget=budget_bytes(budget_gb),
     )
-    for piece in pieces:
+    for chunk in chunks:
         told.borders = _borders(run.tiles, source, chunks=not single and vae.codec.model.family.latents.overlap > 0)
-        yield piece[0]
+        yield chunk[0]
     told.reports.append(f"decoding: {run.finish()}")
 
 
@@ -166,15 +166,15 @@ def _through_stock(vae: comfy.sd.VAE, source: Clip, node_id: str, told: _Told) -
     run = Run(source.frames, node_id=node_id, size=source.size)
     run.begin(vae.device)
     whole = vae.latent_dim == 3
-    pieces = [torch.cat(list(source.read()), dim=2)] if whole else source.read()
-    for piece in pieces:
-        frames = images_of(piece)[0]
+    chunks = [torch.cat(list(source.read()), dim=2)] if whole else source.read()
+    for chunk in chunks:
+        frames = images_of(chunk)[0]
         part = _one_way(vae, frames)
         run.step(part.shape[0])
         yield part
     model = type(vae.first_stage_model).__name__
     run.note(f"{model}, {dtype_words(vae.vae_dtype)} on {vae.device}, run by ComfyUI")
-    run.note("all frames at once" if whole else f"{PIECE} frames at a time")
+    run.note("all frames at once" if whole else f"{CHUNK} frames at a time")
     run.note("exact or not: ComfyUI does not say whether it took tiles, which it blends")
     told.reports.append(run.finish())
 

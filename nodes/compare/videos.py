@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import check_choice, describe, field
 from ..bridge.video_source import Clip, clip_of
-from ..bridge.wire import PIECE, image_of, rate_of
+from ..bridge.wire import CHUNK, image_of, rate_of
 from .frames import Comparison
 from .wipe import MOST_FRAMES, SIDE
 
@@ -162,14 +162,14 @@ def _cut(clip: Clip, count: int) -> Iterator[Tensor]:
     frames = islice(clip.singles(), count)
     done = 0
     while done < count:
-        piece = list(islice(frames, PIECE))
-        wanted, done = min(PIECE, count - done), done + len(piece)
-        if len(piece) < wanted:
+        chunk = list(islice(frames, CHUNK))
+        wanted, done = min(CHUNK, count - done), done + len(chunk)
+        if len(chunk) < wanted:
             raise ValueError(
                 f"{clip.name} ended after {done} frames, though it says that it has {clip.frames}: the file is "
                 f"damaged or cut short. Make it anew, or set frames to '{SHORTER}' and cut the other clip to {done}."
             )
-        yield torch.cat(piece, dim=2)
+        yield torch.cat(chunk, dim=2)
 
 
 def _remarks(a: Clip, b: Clip, count: int) -> list[str]:

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...vae_core.media.video import to_uint8
-from ..bridge.wire import pieces_of, pixels_of
+from ..bridge.wire import chunks_of, pixels_of
 
 KEY = "cviv_wipe"
 FOLDER = "cviv_wipe"  # in ComfyUI's temporary folder
@@ -167,7 +167,7 @@ def wipe_payload(
         )
     frames, height, width, _ = a.shape
     recorder = WipeRecorder(frames, (height, width), labels=labels, fps=fps, side=side, most_frames=most_frames)
-    for ours, theirs in zip(pieces_of(a), pieces_of(b), strict=True):
+    for ours, theirs in zip(chunks_of(a), chunks_of(b), strict=True):
         recorder.add(ours, theirs)
     return recorder.payload(numbers)
 

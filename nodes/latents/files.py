@@ -36,7 +36,7 @@ _LAYOUT_WORDS = {"frames": "clip as frame batch", "video": "video 5-D", "images"
 _UNKNOWN_FPS = Fraction(24)  # stored where the rate is not known, with the text _FPS_KNOWN beside it
 _FPS_KNOWN = "fps_known"
 _MOST_TEXT = 8 << 20  # characters of workflow in one file
-_PIECE = 64  # latent frames written at a time
+_CHUNK = 64  # latent frames written at a time
 
 _log = logging.getLogger("cviv-vae")
 
@@ -241,8 +241,8 @@ def save_latent(
         clip_layout=meta.clip_layout,
         extra=meta.extra,
     ) as writer:
-        for piece in z.split(_PIECE, dim=2):
-            writer.write(piece)
+        for chunk in z.split(_CHUNK, dim=2):
+            writer.write(chunk)
         writer.finish(frames=meta.frames)
     if latent.get("noise_mask") is not None:
         _log.warning("The noise mask of the latent is not saved in %s.", path.name)

@@ -80,7 +80,7 @@ class ClipMaker:
             first = next(iter(source.frames(span.start, 1)))  # 1 3 1 h w
             shape = (1, 3, span.frames, self.height, self.width)
             scaled = self._scaled(source, span.start, span.frames)
-            latents = self.vae.encode_pieces(scaled, shape, Run(span.frames, node_id=node_id))
+            latents = self.vae.encode_chunks(scaled, shape, Run(span.frames, node_id=node_id))
             z = torch.cat(list(latents), dim=2)[0].movedim(1, 0)  # t c h w
             picture = self._scale(first).movedim(1, -1).add(1).div(2)
             yield _Made(z=z, first=picture, fps=float(source.fps), motion=span.motion)

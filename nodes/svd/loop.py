@@ -55,8 +55,8 @@ class DecodeLoop(io.ComfyNode):
         frames = VIDEO.pixel_frames(latents + lead)
         run = Run(frames, node_id=cls.hidden.unique_id, preview=preview)
         budget = budget_bytes(memory_budget_gb)
-        pieces = vae.decode_pieces(z[:, :, before], run, frames=frames, size=facts.size, budget=budget, lent=True)
-        images = collect_images(pieces, 1, frames)[0, frames - VIDEO.time * latents :].clone()
+        chunks = vae.decode_chunks(z[:, :, before], run, frames=frames, size=facts.size, budget=budget, lent=True)
+        images = collect_images(chunks, 1, frames)[0, frames - VIDEO.time * latents :].clone()
         run.note(
             f"{VIDEO.time * latents} frames go round: the last {lead} latents were decoded in front and left out again"
         )
