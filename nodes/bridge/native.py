@@ -30,10 +30,10 @@ from .session import SESSION, Gauge, peak_reader
 from .wire import (
     Layout,
     check_latent,
+    chunks_of,
     from_video,
     images_of,
     layout_of,
-    chunks_of,
     pixels_of,
     read_facts,
     samples_of,

@@ -13,7 +13,7 @@ from ...vae_core.detail.fusion import MOST_CONFIDENCE, DetailSettings, check_cou
 from ...vae_core.families import VIDEO
 from ..bridge.running import Run
 from ..bridge.schema import describe, field
-from ..bridge.wire import images_of, chunks_of, pixels_of
+from ..bridge.wire import chunks_of, images_of, pixels_of
 
 UNLIKE = 0.5  # correlation below which a keyframe and its frames seem to be of different pictures
 

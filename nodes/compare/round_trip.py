@@ -23,7 +23,7 @@ from ..bridge.native import NativeVideoVAE, budget_bytes
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, describe, dtype_words, field
 from ..bridge.video_source import Clip, clip_of
-from ..bridge.wire import CHUNK, image_of, images_of, chunks_of
+from ..bridge.wire import CHUNK, chunks_of, image_of, images_of
 from ..clips.encode import encode_clip
 from .frames import Comparison
 
