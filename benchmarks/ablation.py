@@ -21,7 +21,7 @@ import torch
 from regularization import trained
 
 from vae_core import VideoVAE, load
-from vae_core.iv_layers import IVParts
+from vae_core.families.iv_vae import IVParts
 from vae_core.metrics import frame_quality
 from vae_core.training.config import TrainConfig, read_config
 from vae_core.training.loop import FINAL

@@ -32,7 +32,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
 import recipe  # noqa: E402
 
 import vae_core  # noqa: E402
-from vae_core.windows import latent_frames  # noqa: E402
 
 SEED = 20
 Run = Callable[[], Tensor]
@@ -68,9 +67,11 @@ def _pairs(options: argparse.Namespace) -> Iterator[tuple[str, Run, Run]]:
         folder = options.cv_vae if name == "CV-VAE" else options.iv_vae
         if folder is None:
             continue
-        latent = recipe.latent((1, channels, latent_frames(options.frames), size[0] // 8, size[1] // 8), SEED)
         encode, decode, state = make(folder)
         ours = vae_core.load(state)
+        compression = ours.info.compression
+        cells = (compression.cells(side) for side in size)
+        latent = recipe.latent((1, channels, compression.latent_frames(options.frames), *cells), SEED)
         yield f"{name} encode", partial(encode, video), partial(ours.encode, video)
         yield f"{name} decode", partial(decode, latent), partial(ours.decode, latent)
 

@@ -3,9 +3,9 @@
     python benchmarks/bench.py [--device cuda] [--dtype bfloat16] [--models iv-64 cv] [--directions decode]
                                [--sizes 720x1280] [--frames 33 121] [--caps 8 12] [--rounds 10] [--out FILE]
 
-Weights of the published widths and clips are random. Computing: pieces stay on the device and are thrown away. To RAM:
+Weights of the published widths and clips are random. Computing: chunks stay on the device and are thrown away. To RAM:
 from a clip in RAM to one tensor there, float32 images of a decoder, latents of an encoder. Both are medians after a run
-to warm up. First: time to the first piece in RAM. Peak: on a GPU, most memory in use, without weights; on a CPU with
+to warm up. First: time to the first chunk in RAM. Peak: on a GPU, most memory in use, without weights; on a CPU with
 Linux, growth of the process. Share: floating-point operations of ours, counted by `profile_meta.py`, per second of
 computing, over those of a large matrix product; nominal: those of the official program instead, at 720x1280. Without
 options: on a GPU all models and directions at three sizes and lengths, and 17 frames of 2160x3840 under caps of 8 and
@@ -31,13 +31,12 @@ from pathlib import Path
 
 import torch
 from planner_promise import status
-from profile_meta import AT_720P, DIRECTIONS, MODELS, OFFICIAL, per_frame, size_of
+from profile_meta import AT_720P, MODELS, OFFICIAL, per_frame, size_of
 from torch import Tensor
 
 from vae_core import Plan, VideoVAE
-from vae_core.keys import build
+from vae_core.families import DIRECTIONS, Direction
 from vae_core.run.output import collect
-from vae_core.windows import SPACE, latent_frames
 
 GB = 10**9
 BLOCK = 17  # frames of the random clip that is repeated to any length
@@ -53,7 +52,7 @@ class Case:
     """One row. cap: GB of device memory that may be used, None for all."""
 
     model: str
-    direction: str
+    direction: Direction
     size: tuple[int, int]
     frames: int
     cap: float | None = None
@@ -132,36 +131,38 @@ def compute(vae: VideoVAE, case: Case, frames: int, plan: Plan) -> None:
     """On the device, and nothing is kept."""
     if case.direction == "decode":
         latent = torch.randn(_latent_shape(vae, case.size, frames), device=vae.device, dtype=vae.dtype)
-        pieces = vae.decode_stream(latent, plan=plan.tiles)
+        chunks = vae.decode_stream(latent, plan=plan.tiles)
     else:
-        pieces = vae.encode_stream(video(frames, case.size, vae.device, vae.dtype), plan=plan.tiles)
-    for piece in pieces:
-        del piece
+        chunks = vae.encode_stream(video(frames, case.size, vae.device, vae.dtype), plan=plan.tiles)
+    for chunk in chunks:
+        del chunk
 
 
 def to_ram(vae: VideoVAE, case: Case, frames: int, plan: Plan) -> float:
-    """From RAM to RAM; seconds to the first piece."""
+    """From RAM to RAM; seconds to the first chunk."""
     if case.direction == "decode":
         latent = torch.randn(_latent_shape(vae, case.size, frames))
-        pieces, total, dim = vae.decode_frames(latent, plan=plan.tiles, lent=True), frames, 1
+        chunks, total, dim = vae.decode_frames(latent, plan=plan.tiles, lent=True), frames, 1
     else:
         source = video(frames, case.size, torch.device("cpu"), torch.float32)
-        pieces, total, dim = vae.encode_stream(source, plan=plan.tiles), latent_frames(frames), 2
+        chunks, total, dim = vae.encode_stream(source, plan=plan.tiles), vae.info.compression.latent_frames(frames), 2
     start, first = time.perf_counter(), math.nan
 
     def watched() -> Iterator[Tensor]:
         nonlocal first
-        for piece in pieces:
+        for chunk in chunks:
             first = time.perf_counter() - start if math.isnan(first) else first
-            yield piece
-            del piece
+            yield chunk
+            del chunk
 
     collect(watched(), total, dim=dim)
     return first
 
 
 def _latent_shape(vae: VideoVAE, size: tuple[int, int], frames: int) -> tuple[int, ...]:
-    return 1, vae.info.latent_channels, latent_frames(frames), size[0] // SPACE, size[1] // SPACE
+    compression = vae.info.compression
+    height, width = (compression.cells(side) for side in size)
+    return 1, vae.info.latent_channels, compression.latent_frames(frames), height, width
 
 
 def plan_for(vae: VideoVAE, case: Case) -> Plan:
@@ -191,7 +192,7 @@ def row(vae: VideoVAE, case: Case, machine: Machine, rounds: int) -> str:
             break
         computing.append(timed(partial(compute, vae, case, case.frames, plan), device))
     rate = case.frames / statistics.median(computing)
-    share = rate * per_frame(MODELS[case.model], case.direction, case.size).tflop * 1e12 / machine.flops
+    share = rate * per_frame(case.model, case.direction, case.size).tflop * 1e12 / machine.flops
     official = OFFICIAL.get((case.model, case.direction)) if case.size == AT_720P else None
     nominal = "" if official is None else f"{rate * official.tflop * 1e12 / machine.flops:.0%}"
     memory = plan.way if case.cap is None else f"cap of {case.cap:g} GB: {plan.way}"
@@ -207,7 +208,8 @@ def rows(cases: list[Case], machine: Machine, rounds: int) -> Iterator[str]:
     for model in dict.fromkeys(case.model for case in cases):
         torch.manual_seed(0)
         with device:
-            vae = VideoVAE(build(MODELS[model]).to(machine.dtype).requires_grad_(False).eval())
+            family, config = MODELS[model]
+            vae = VideoVAE(family.network(config).to(machine.dtype).requires_grad_(False).eval())
         for case in (case for case in cases if case.model == model):
             _cap(case.cap, device)
             yield row(vae, case, machine, rounds)

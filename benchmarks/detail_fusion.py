@@ -28,11 +28,12 @@ sys.path.insert(0, str(ROOT))
 
 import vae_core  # noqa: E402
 from vae_core.detail.fusion import DetailSettings, blur, fuse_detail  # noqa: E402
+from vae_core.families import VIDEO  # noqa: E402
 from vae_core.media.video import read_frames  # noqa: E402
 from vae_core.metrics import FlickerMeter, WarpMeter, frame_quality  # noqa: E402
-from vae_core.windows import TIME  # noqa: E402
 
 BUNDLED = ROOT / "vae_core" / "demo" / "demo_clip.mp4"
+TIME = VIDEO.time
 SIZES = {True: (192, 320), False: (256, 448)}  # of the bundled clip, of others
 CASES = (("demo", "image VAE"), ("demo", "true"), ("soft", "true"), ("soft", "mean"))
 

@@ -1,8 +1,9 @@
 """Work, memory traffic and peak memory of our models, counted on tensors without data, beside the targets.
 
-    python benchmarks/profile_meta.py [--size 720x1280] [--models cv cv-sd3 iv-64 iv-96]
+    python benchmarks/profile_meta.py [--size 720x1280] [--models cv cv-sd3 iv-64 iv-96 image]
 
-Per net frame, one that is delivered: CV-VAE makes 16 in a chunk of 17, IV-VAE 4 in a group. bfloat16, whole frames. The
+Per net frame, one that is delivered: CV-VAE makes 16 in a chunk of 17, IV-VAE 4 in a group, an
+image VAE each alone. bfloat16, whole frames. The
 figures are the same on every machine: no kernel's own copies, no allocator. Targets and the official programs' figures,
 counted in the same way, are for 720x1280 and live in `tests/core/meta_profile.py`; tests hold us to the targets.
 """
@@ -13,6 +14,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,19 +24,33 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "core")]
 from meta_profile import OFFICIAL, TARGETS, Figures, MetaProfile  # noqa: E402
 
 from vae_core import VideoVAE  # noqa: E402
-from vae_core.cv_vae import CVVAEConfig  # noqa: E402
-from vae_core.iv_vae import IVVAEConfig  # noqa: E402
-from vae_core.keys import Config  # noqa: E402
-from vae_core.prediction import meta_model  # noqa: E402
-from vae_core.windows import SPACE, pixel_frames  # noqa: E402
+from vae_core.families import DIRECTIONS, Direction, Family  # noqa: E402
+from vae_core.families.cv_vae import CV_VAE, CV_VAE_SD3, CVVAEConfig  # noqa: E402
+from vae_core.families.image_vae import IMAGE_VAE, ImageVAEConfig  # noqa: E402
+from vae_core.families.iv_vae import IV_VAE, IVVAEConfig  # noqa: E402
+from vae_core.plan.footprint import meta_network  # noqa: E402
 
-MODELS: dict[str, Config] = {
-    "cv": CVVAEConfig(widths=(128, 256, 512, 512), blocks_per_level=2, latent_channels=4, sd3=False),
-    "cv-sd3": CVVAEConfig(widths=(128, 256, 512, 512), blocks_per_level=2, latent_channels=16, sd3=True),
-    "iv-64": IVVAEConfig(dim=64, latent_channels=16, scale_factor=1.0, shift_factor=0.0),
-    "iv-96": IVVAEConfig(dim=96, latent_channels=16, scale_factor=1.0, shift_factor=0.0),
+SPACE = 8  # pixels per latent, of every model here
+WIDTHS = (128, 256, 512, 512)
+MODELS: dict[str, tuple[Family, Any]] = {
+    "cv": (CV_VAE, CVVAEConfig(widths=WIDTHS, blocks_per_level=2, latent_channels=4, sd3=False)),
+    "cv-sd3": (CV_VAE_SD3, CVVAEConfig(widths=WIDTHS, blocks_per_level=2, latent_channels=16, sd3=True)),
+    "iv-64": (IV_VAE, IVVAEConfig(dim=64, latent_channels=16, scale_factor=1.0, shift_factor=0.0)),
+    "iv-96": (IV_VAE, IVVAEConfig(dim=96, latent_channels=16, scale_factor=1.0, shift_factor=0.0)),
+    "image": (
+        IMAGE_VAE,
+        ImageVAEConfig(
+            widths=WIDTHS,
+            blocks_per_level=2,
+            latent_channels=4,
+            quantized=(True, True),
+            decoder_attention=True,
+            norm_eps=1e-6,
+            scale_factor=0.18215,
+            shift_factor=0.0,
+        ),
+    ),
 }
-DIRECTIONS = ("encode", "decode")
 AT_720P = (720, 1280)
 
 
@@ -46,25 +62,28 @@ def size_of(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def per_frame(config: Config, direction: str, size: tuple[int, int]) -> Figures:
+def per_frame(model: str, direction: Direction, size: tuple[int, int]) -> Figures:
     """What a net frame of `size` takes."""
-    if isinstance(config, CVVAEConfig):
-        profile = _profile(config, direction, size, 5)
-        return Figures(profile.flops / 16e12, profile.bytes_moved / 16e9, profile.peak_bytes / 2**30)
-    two, three = (_profile(config, direction, size, latents) for latents in (2, 3))
+    family, _ = MODELS[model]
+    step, overlap = family.frames.step, family.latents.overlap
+    if overlap:  # a chunk computes what it repeats of the one before again
+        profile = _profile(model, direction, size, family.latents.first)
+        return Figures(profile.flops / (step * 1e12), profile.bytes_moved / (step * 1e9), profile.peak_bytes / 2**30)
+    two, three = (_profile(model, direction, size, latents) for latents in (2, 3))
     flops, moved = three.flops - two.flops, three.bytes_moved - two.bytes_moved
-    return Figures(flops / 4e12, moved / 4e9, three.peak_bytes / 2**30)
+    return Figures(flops / (step * 1e12), moved / (step * 1e9), three.peak_bytes / 2**30)
 
 
-def _profile(config: Config, direction: str, size: tuple[int, int], latents: int) -> MetaProfile:
-    vae = VideoVAE(meta_model(config, torch.bfloat16))
-    shape = (1, 3, pixel_frames(latents), *size)
+def _profile(model: str, direction: Direction, size: tuple[int, int], latents: int) -> MetaProfile:
+    family, config = MODELS[model]
+    vae = VideoVAE(meta_network(family, config, DIRECTIONS, torch.bfloat16))
+    shape = (1, 3, family.compression.pixel_frames(latents), *size)
     if direction == "decode":
-        shape = (1, config.latent_channels, latents, size[0] // SPACE, size[1] // SPACE)
+        shape = (1, config.latent_channels, latents, *(family.compression.cells(side) for side in size))
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     with MetaProfile() as profile:
-        for piece in vae.decode_stream(x) if direction == "decode" else vae.encode_stream([x]):
-            del piece
+        for chunk in vae.decode_stream(x) if direction == "decode" else vae.encode_stream([x]):
+            del chunk
     return profile
 
 
@@ -87,7 +106,7 @@ def main() -> None:
                 table.get((model, direction), unknown) if options.size == AT_720P else unknown
                 for table in (OFFICIAL, TARGETS)
             ]
-            ours = per_frame(MODELS[model], direction, options.size)
+            ours = per_frame(model, direction, options.size)
             cells = (_cell(*values) for values in zip(ours, *known, strict=True))
             print(f"| {model} {direction} | {' | '.join(cells)} |", flush=True)
 

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT)]
 import vae_core  # noqa: E402
 from vae_core.media.video import read_frames  # noqa: E402
 from vae_core.metrics import Borders, SeamMeter  # noqa: E402
-from vae_core.regions import split  # noqa: E402
+from vae_core.nn.region import split  # noqa: E402
 
 CLIP = ROOT / "vae_core" / "demo" / "demo_clip.mp4"
 SIZE, FRAMES = (224, 320), 5  # 28 x 40 latents

@@ -21,16 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from vae_core.keys import build
+from vae_core.families import FAMILIES, VIDEO, Network
+from vae_core.families.image_vae import IMAGE_VAE, OUR_EPS, ImageVAEConfig
 from vae_core.metrics import LPIPS
 from vae_core.training.clips import BatchKind
-from vae_core.training.coders import Coder, ImageCoder, VideoCoder, video_config
+from vae_core.training.coders import Coder, FrameByFrame, HalvesCoder, VideoCoder, video_config
 from vae_core.training.config import ModelConfig, TrainConfig, read_config
 from vae_core.training.discriminator import PatchDiscriminator
 from vae_core.training.draws import Draws
-from vae_core.training.image_vae import CVAttention, CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
+from vae_core.training.iv_image import IVImageConfig, IVImageVAE
 from vae_core.training.objective import Objective, Trained
-from vae_core.windows import latent_frames
 
 TERAFLOPS = 165.0  # bfloat16 with float32 sums, of one RTX 4090, as its maker says
 SHARE = 0.35  # of that, which convolutions of this kind may reach
@@ -73,21 +73,35 @@ def coder_of(config: TrainConfig) -> Coder:
     model = config.model
     z = model.latent_channels or (16 if model.family == "iv-vae" else SD_CHANNELS)
     if config.stage == "image" and model.family == "iv-vae":
-        return ImageCoder(IVImageVAE(IVImageConfig(dim=model.dim or 64, latent_channels=z, halves=model.halves or 1)))
+        return HalvesCoder(IVImageVAE(IVImageConfig(dim=model.dim or 64, latent_channels=z, halves=model.halves or 1)))
     if config.stage == "image":
-        widths, blocks = model.widths or SD_WIDTHS, model.blocks_per_level or SD_BLOCKS
-        return ImageCoder(CVImageVAE(CVImageConfig(widths=widths, blocks_per_level=blocks, latent_channels=z)))
+        network = image_network(model.widths or SD_WIDTHS, model.blocks_per_level or SD_BLOCKS, z, attention=False)
+        return VideoCoder(network, checkpointing=config.run.checkpointing)
     sized = ModelConfig(
         family=model.family, init="fresh", widths=SD_WIDTHS, blocks_per_level=SD_BLOCKS, latent_channels=z, dim=64
     )
-    return VideoCoder(build(video_config(sized)), checkpointing=config.run.checkpointing)
+    network = FAMILIES[model.family].network(video_config(sized))
+    return VideoCoder(network, checkpointing=config.run.checkpointing)
 
 
-def sd_image_vae() -> CVImageVAE:
+def image_network(widths: tuple[int, ...], blocks: int, channels: int, *, attention: bool) -> Network:
+    """An image VAE; attention: in the decoder, as Stable Diffusion has it, and the image stage not."""
+    size = ImageVAEConfig(
+        widths=widths,
+        blocks_per_level=blocks,
+        latent_channels=channels,
+        quantized=(False, False),
+        decoder_attention=attention,
+        norm_eps=OUR_EPS,
+        scale_factor=1.0,
+        shift_factor=0.0,
+    )
+    return IMAGE_VAE.network(size)
+
+
+def sd_image_vae() -> FrameByFrame:
     """Of the size of Stable Diffusion's."""
-    model = CVImageVAE(CVImageConfig(widths=SD_WIDTHS, blocks_per_level=SD_BLOCKS, latent_channels=SD_CHANNELS))
-    model.decoder.mid.attn_1 = CVAttention(SD_WIDTHS[-1])
-    return model.requires_grad_(False)
+    return FrameByFrame(image_network(SD_WIDTHS, SD_BLOCKS, SD_CHANNELS, attention=True)).requires_grad_(False)
 
 
 def step_cost(config: TrainConfig, kind: BatchKind) -> tuple[float, float]:
@@ -103,8 +117,9 @@ def step_cost(config: TrainConfig, kind: BatchKind) -> tuple[float, float]:
             objective.adversarial_weight = config.discriminator.weight
         optimizer = torch.optim.AdamW(trained.parameters())
         video = torch.empty(kind.batch, 3, kind.frames, *kind.size)
-        length = latent_frames(kind.frames)
-        noise = torch.empty(kind.batch, trained.coder.latent_channels, length, kind.size[0] // 8, kind.size[1] // 8)
+        length = VIDEO.latent_frames(kind.frames)
+        cells = (VIDEO.cells(side) for side in kind.size)
+        noise = torch.empty(kind.batch, trained.coder.latent_channels, length, *cells)
         draws = Draws(noise=noise, frames=torch.zeros(kind.batch, length - 1, dtype=torch.long))
         counter, live = FlopCounterMode(display=False), LiveBytes()
         nets = (trained, objective.image_vae, objective.lpips, objective.discriminator)

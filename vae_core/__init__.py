@@ -1,19 +1,25 @@
 """Video VAEs, exact and streaming: CV-VAE, IV-VAE and image VAEs. This page is the package's public door."""
 
 from .door.info import VAEInfo
-from .door.loading import load, save
+from .door.loading import DEMO_FOLDER, DEMO_WEIGHTS, load, official_state, save
 from .door.vae import VideoVAE
 from .errors import CheckpointError, LatentFileError, VideoError
-from .families import Compression
+from .families import Compression, Direction
 from .plan.planner import Plan
-from .run.tiling import ReferencePlan, TilePlan
+from .run.output import NotFiniteError
+from .run.tiling import AnyPlan, ReferencePlan, TilePlan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEMO_FOLDER",
+    "DEMO_WEIGHTS",
+    "AnyPlan",
     "CheckpointError",
     "Compression",
+    "Direction",
     "LatentFileError",
+    "NotFiniteError",
     "Plan",
     "ReferencePlan",
     "TilePlan",
@@ -22,5 +28,6 @@ __all__ = [
     "VideoVAE",
     "__version__",
     "load",
+    "official_state",
     "save",
 ]

@@ -19,7 +19,7 @@ from comfy_api.latest import Input, Types
 from einops import rearrange
 from torch import Tensor
 
-from ...vae_core.errors import VideoError
+from ...vae_core import VideoError
 from ...vae_core.media.sound import Sound
 from ...vae_core.media.video import Codec, Container, VideoWriter
 from .schema import check_choice

@@ -15,13 +15,12 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...vae_core import Plan, ReferencePlan, TilePlan, VideoVAE
-from ...vae_core.door.loading import official_state
-from ...vae_core.families import Direction
+from ...vae_core import AnyPlan, Direction, NotFiniteError, Plan, TilePlan, VideoVAE, official_state
 from ...vae_core.plan.planner import budget_for, with_margin
-from ...vae_core.run.output import NotFiniteError, collect
+from ...vae_core.run.output import collect
+from .first_stage import Network, tiles_of_pixels, to_signed, to_unit
 from .plan_words import plan_words
 from .ratio import Ratio
 from .running import Run, count_of
@@ -41,70 +40,8 @@ from .wire import (
 )
 
 _log = logging.getLogger("cviv-vae")
+SAMPLERS = ("scaling_factor", "shift_factor")  # what files say for the sampler, of latents that VAEs do not scale
 _AUTOMATIC_SHARE = 0.85  # of the device memory that could be free; the rest is for what cannot be foreseen
-
-Tiling = TilePlan | ReferencePlan | None
-
-
-def _to_unit(pixels: Tensor) -> Tensor:
-    """[-1, 1] to [0, 1], clamped; in place and returned, because versions of ComfyUI differ in which they use."""
-    return pixels.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
-
-
-def _to_signed(pixels: Tensor) -> Tensor:
-    return pixels * 2.0 - 1.0
-
-
-class Network(nn.Module):
-    """`first_stage_model`: the network as ComfyUI's base class and other packs call it, with its chunked protocol.
-
-    Tensors are (b, 3, t, h, w) in [-1, 1] and (b, z, t', h/8, w/8); frames beyond 1 + 4N are padded when encoding.
-    """
-
-    comfy_has_chunked_io = True
-
-    def __init__(self, codec: VideoVAE) -> None:
-        super().__init__()
-        self.model = codec.model
-        self.codec = codec
-
-    def decode_output_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """The shape of the frames that a latent of `shape` decodes to."""
-        b, _, t, h, w = shape
-        compression = self.codec.info.compression
-        return b, 3, compression.pixel_frames(t), h * compression.space, w * compression.space
-
-    def encode(self, x: Tensor, device: torch.device | None = None) -> Tensor:
-        """The mean latent; `device` is where the weights are, and is named by ComfyUI alone."""
-        z = self.codec.encode(x, pad=True)
-        return z if device is None else z.to(device)
-
-    def decode(self, z: Tensor, output_buffer: Tensor | None = None) -> Tensor:
-        """Frames, chunk by chunk into `output_buffer` where there is one."""
-        return _fill(self.codec.decode_stream(z), self.decode_output_shape(z.shape), z, output_buffer)
-
-    def decode_tiled(self, z: Tensor, *, tile_x: int = 32, tile_y: int = 32, **_: Any) -> Tensor:
-        """Exact tiles of `tile_y` x `tile_x` latents: overlap and cuts in time are not needed, and change nothing."""
-        stream = self.codec.decode_stream(z, plan=TilePlan(tile=(tile_y, tile_x)))
-        return _fill(stream, self.decode_output_shape(z.shape), z, None)
-
-    def encode_tiled(self, x: Tensor, *, tile_x: int = 512, tile_y: int = 512, **_: Any) -> Tensor:
-        """Exact tiles of `tile_y` x `tile_x` pixels."""
-        return self.codec.encode(x, pad=True, plan=_tiles_of_pixels(self.codec, tile_y, tile_x))
-
-
-def _fill(chunks: Iterable[Tensor], shape: tuple[int, ...], like: Tensor, out: Tensor | None) -> Tensor:
-    out = like.new_empty(shape) if out is None else out
-    done = 0
-    for chunk in chunks:
-        out[:, :, done : done + chunk.shape[2]] = chunk
-        done += chunk.shape[2]
-    return out
-
-
-def _tiles_of_pixels(codec: VideoVAE, height: int, width: int) -> TilePlan:
-    space = codec.info.compression.space
-    return TilePlan(tile=(max(1, height // space), max(1, width // space)))
 
 
 class NativeVideoVAE(comfy.sd.VAE):
@@ -135,7 +72,7 @@ class NativeVideoVAE(comfy.sd.VAE):
         self.upscale_index_formula = (time, space, space)
         self.downscale_ratio = Ratio((lambda t: max(0, compression.latent_frames(t)), space, space))
         self.downscale_index_formula = (time, space, space)
-        self.process_input, self.process_output = _to_signed, _to_unit
+        self.process_input, self.process_output = to_signed, to_unit
         self.working_dtypes = [torch.bfloat16, torch.float32]
         self.memory_used_decode = self._decode_bytes
         self.memory_used_encode = self._encode_bytes
@@ -181,23 +118,26 @@ class NativeVideoVAE(comfy.sd.VAE):
         overlap_t: int | None = None,
     ) -> Tensor:
         """Stock tiled encoding, in exact tiles."""
-        return self._encode_all(pixel_samples, _tiles_of_pixels(self.codec, tile_y or 512, tile_x or 512))
+        return self._encode_all(pixel_samples, tiles_of_pixels(self.codec, tile_y or 512, tile_x or 512))
 
     def get_sd(self) -> dict[str, Tensor]:
         """The weights under their official names, so that Save VAE writes a file that loads again.
 
-        Raises ValueError for an IV-VAE whose scale only its own file tells, since Save VAE writes nothing but tensors.
+        Raises ValueError where that file would decode otherwise, since Save VAE writes nothing but tensors: for an
+        IV-VAE whose scale only its own file tells, or an image VAE of another epsilon.
         """
-        model = self.codec.model
+        model, family = self.codec.model, self.codec.model.family
         state = official_state(model)
-        if model.family.configure({name: tuple(tensor.shape) for name, tensor in state.items()}, {}) != model.config:
+        told = {} if family.scaled else family.told(model.config)
+        harmless = {name: value for name, value in told.items() if name in SAMPLERS}
+        if family.configure({name: tuple(tensor.shape) for name, tensor in state.items()}, harmless) != model.config:
             raise ValueError(
-                "Save VAE cannot keep this VAE's latent scale, and the file would decode its latents wrongly. Use the "
-                "file it was loaded from, or vae_core.save in Python."
+                "Save VAE cannot keep this VAE's latent scale or epsilon, and the file would decode its latents "
+                "wrongly. Use the file it was loaded from, or vae_core.save in Python."
             )
         return state
 
-    def _decode_all(self, samples: Tensor, tiles: Tiling) -> Tensor:
+    def _decode_all(self, samples: Tensor, tiles: AnyPlan) -> Tensor:
         latent = {"samples": samples}
         z = self.video_latent(latent)
         frames = self.compression.pixel_frames(z.shape[2])
@@ -205,7 +145,7 @@ class NativeVideoVAE(comfy.sd.VAE):
         images = collect_images(chunks, z.shape[0], frames).to(self.output_device)
         return images if samples.ndim == 5 else images.flatten(0, 1)
 
-    def _encode_all(self, pixels: Tensor, tiles: Tiling) -> Tensor:
+    def _encode_all(self, pixels: Tensor, tiles: AnyPlan) -> Tensor:
         pixels = self.vae_encode_crop_pixels(pixels)
         clips = list(pixels) if pixels.ndim == 5 else [pixels]  # each t h w c
         if self.layout == "images" and pixels.ndim == 4:
@@ -214,7 +154,7 @@ class NativeVideoVAE(comfy.sd.VAE):
         latents = [torch.cat(list(self._encode_clip(clip, run, tiles)), dim=2) for clip in clips]
         return from_video(torch.cat(latents), self.layout).to(self.output_device)
 
-    def _encode_clip(self, clip: Tensor, run: Run, tiles: Tiling) -> Iterator[Tensor]:
+    def _encode_clip(self, clip: Tensor, run: Run, tiles: AnyPlan) -> Iterator[Tensor]:
         images = pixels_of(clip)
         shape = (1, 3, images.shape[0], *images.shape[1:3])
         return self.encode_chunks(chunks_of(images), shape, run, tiles=tiles)
@@ -240,7 +180,7 @@ class NativeVideoVAE(comfy.sd.VAE):
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         budget: int | None = None,
-        tiles: Tiling = None,
+        tiles: AnyPlan = None,
         dtype: torch.dtype = torch.float32,
         lent: bool = False,
     ) -> Iterator[Tensor]:
@@ -254,10 +194,19 @@ class NativeVideoVAE(comfy.sd.VAE):
         asked = budget, tiles
         tiles, gauge = self._prepare("decode", clip_shape, run, budget, tiles)
         recover = self._recover("decode", clip_shape, run, asked, gauge)
+        between = mm.throw_exception_if_processing_interrupted
         with self._on_device():
             for clip in z.detach().to("cpu", torch.float32).split(1):
                 stream = self.codec.decode_frames(
-                    clip, dtype=dtype, lent=lent, check=True, frames=frames, size=size, plan=tiles, recover=recover
+                    clip,
+                    dtype=dtype,
+                    lent=lent,
+                    check=True,
+                    frames=frames,
+                    size=size,
+                    plan=tiles,
+                    recover=recover,
+                    between=between,
                 )
                 for images in _explained(stream, self.codec.dtype):
                     gauge.chunk_done()
@@ -274,7 +223,7 @@ class NativeVideoVAE(comfy.sd.VAE):
         sample: bool = False,
         generator: torch.Generator | None = None,
         budget: int | None = None,
-        tiles: Tiling = None,
+        tiles: AnyPlan = None,
     ) -> Iterator[Tensor]:
         """Latents of a stream of (1, 3, t, h, w) chunks in [-1, 1], padded to whole latents, as float32 on the CPU.
 
@@ -290,6 +239,7 @@ class NativeVideoVAE(comfy.sd.VAE):
                 generator=generator,
                 plan=tiles,
                 recover=self._recover("encode", shape, run, asked, gauge),
+                between=mm.throw_exception_if_processing_interrupted,
             )
             for chunk in _explained(_guarded(stream), self.codec.dtype):
                 gauge.chunk_done()
@@ -307,8 +257,8 @@ class NativeVideoVAE(comfy.sd.VAE):
         return self.codec.encode_bytes(shape[-2], shape[-1], dtype=dtype)
 
     def _prepare(
-        self, task: Direction, shape: tuple[int, ...], run: Run, budget: int | None, tiles: Tiling
-    ) -> tuple[Tiling, Gauge]:
+        self, task: Direction, shape: tuple[int, ...], run: Run, budget: int | None, tiles: AnyPlan
+    ) -> tuple[AnyPlan, Gauge]:
         """Plan, have ComfyUI make room and put the weights on the device; returns the tiles to use."""
         run.note(f"{self.codec.family}, {dtype_words(self.vae_dtype)} on {self.device}")
         for remark in self.remarks:
@@ -326,11 +276,12 @@ class NativeVideoVAE(comfy.sd.VAE):
             run.note(sentence)
         mm.load_models_gpu([self.patcher], memory_required=plan.device_bytes, force_full_load=True)
         run.begin(self.device, plan.tiles, exact=plan.exact)
+        windows = self.codec.model.family.frames
         gauge = Gauge(
             SESSION,
             self._setting,
             predicted=int(plan.device_bytes / SESSION.margin(self._setting)),
-            chunks=1 if self.codec.model.family.latents.overlap else 2,  # the first group of an IV-VAE is one frame
+            chunks=1 if windows.first >= windows.overlap + windows.step else 2,  # a shorter one comes first
             peak=peak_reader(self.device),
         )
         return plan.tiles, gauge
@@ -342,7 +293,7 @@ class NativeVideoVAE(comfy.sd.VAE):
     def _job(self, task: Direction, shape: tuple[int, ...]) -> Hashable:
         return str(self.device), self.vae_dtype, self.codec.model.config, task, shape[-2:]
 
-    def _described(self, tiles: Tiling, task: Direction, shape: tuple[int, ...]) -> Plan:
+    def _described(self, tiles: AnyPlan, task: Direction, shape: tuple[int, ...]) -> Plan:
         plan = self.codec.describe_plan(tiles, shape, task, dtype=self.vae_dtype)
         return with_margin(plan, SESSION.margin(self._setting))
 
@@ -370,7 +321,7 @@ class NativeVideoVAE(comfy.sd.VAE):
         """What to do when a chunk runs out of memory: the next smaller tiles, from that chunk on."""
         job = self._job(task, shape)
 
-        def recover(error: Exception, tiles: Tiling) -> Tiling:
+        def recover(error: Exception, tiles: AnyPlan) -> AnyPlan:
             gauge.spoil()
             mm.soft_empty_cache()
             smaller = self.codec.smaller_plan(tiles, shape, task, dtype=self.vae_dtype, device=self.device)
@@ -380,9 +331,8 @@ class NativeVideoVAE(comfy.sd.VAE):
             SESSION.worked(job, asked, smaller)
             plan = self._described(smaller, task, shape)
             run.exact = plan.exact
-            sentence = (
-                f"out of memory after {count_of(run.done, 'frame')}; went on from there in less at a time: {plan.way}"
-            )
+            after = count_of(run.done, "frame")
+            sentence = f"out of memory after {after}; went on from there by a smaller plan: {plan.way}"
             _log.warning("%s", sentence)
             run.note(sentence)
             return smaller

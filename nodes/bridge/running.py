@@ -16,7 +16,7 @@ from comfy_execution.progress import get_progress_state
 from PIL import Image
 from torch import Tensor
 
-from ...vae_core.run.stream import AnyPlan
+from ...vae_core import AnyPlan
 from .schema import GIB
 
 PREVIEW_SIDE = 512  # largest side of the live preview in pixels

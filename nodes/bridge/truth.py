@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...vae_core.families import Compression
+from ...vae_core.families import FAMILIES, Compression
 from .wire import FACTS, Facts, Layout, read_facts, samples_of
 
 
-def decoded_facts(
-    latent: Mapping[str, Any], z: Tensor, layout: Layout, compression: Compression
-) -> tuple[Facts, list[str]]:
+def decoded_facts(latent: Mapping[str, Any], z: Tensor, layout: Layout, family: str) -> tuple[Facts, list[str]]:
     """The facts of `latent` with count and size of each decoded clip, and sentences on what a user may not expect.
 
-    z: (b, z, t, h, w), the latent laid out as `layout` says. compression: of the VAE that decodes it.
+    z: (b, z, t, h, w), the latent laid out as `layout` says. family: of the VAE that decodes it.
     """
-    facts, told = read_facts(latent), list[str]()
+    made, compression = read_facts(latent), FAMILIES[family].compression
+    facts, told = made.decoded_by(family), list[str]()
+    if facts is not made:
+        told.append(f"the latent was made by {made.family}; {family} makes {compression.time} frame(s) of each latent")
     clips, _, count, rows, columns = z.shape
     available, space = compression.pixel_frames(count), compression.space
     remembered = latent[FACTS] if isinstance(latent.get(FACTS), Mapping) else {}
@@ -38,7 +39,7 @@ def decoded_facts(
             f"one clip of {available} frames, as latent_layout in Load Video VAE says, of a latent that was "
             "encoded as separate images"
         )
-    elif frames is None and isinstance(remembered.get("frames"), int):
+    elif frames is None and facts is made and isinstance(remembered.get("frames"), int):
         told.append(_other_length(remembered["frames"], count, compression))
     if facts.size is None and isinstance(remembered.get("width"), int) and isinstance(remembered.get("height"), int):
         told.append(

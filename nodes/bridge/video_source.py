@@ -20,7 +20,7 @@ import folder_paths
 from comfy_api.latest import Input, InputImpl
 from torch import Tensor
 
-from ...vae_core.errors import VideoError
+from ...vae_core import VideoError
 from ...vae_core.media.sound import read_sound
 from ...vae_core.media.timeline import Timeline
 from ...vae_core.media.video import losses, probe, read_shown, timeline_of

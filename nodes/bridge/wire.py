@@ -7,7 +7,7 @@ batch axis. Ours also have the key `cviv`, a plain dict that stock nodes pass al
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -45,6 +45,26 @@ class Facts:
         """Of the VAE that made it; where that is not known, of a video VAE."""
         family = FAMILIES.get(self.family or "")
         return VIDEO if family is None else family.compression
+
+    @property
+    def own_space(self) -> bool:
+        """Whether the latents are those of no sampler, since their VAE scales them itself."""
+        family = FAMILIES.get(self.family or "")
+        return family is not None and family.scaled
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether each latent stands for frames that build on those of the latents before it, without end."""
+        family = FAMILIES.get(self.family or "")
+        return family is not None and family.compression.time > 1 and family.latents.overlap == 0
+
+    def decoded_by(self, family: str) -> Facts:
+        """The facts as they are for a VAE of `family`: where it makes more or fewer frames of a latent than the one
+        that made it, the clip lasts as long, and its true number of frames is not known."""
+        if self.family is None or self.family not in FAMILIES:
+            return self
+        made, shown = self.compression.time, FAMILIES[family].compression.time
+        return self if made == shown else replace(self, frames=None, fps=self.fps and self.fps * shown / made)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -128,7 +148,7 @@ def make_latent(samples: Tensor, facts: Facts, layout: Layout, base: Mapping[str
         "samples": samples,
         FACTS: {name: value for name, value in told.items() if value is not None},
     }
-    if facts.family == "iv-vae":
+    if facts.own_space:
         latent["batch_index"] = NotForSamplers(range(samples.shape[0]))
     return latent
 
@@ -166,7 +186,7 @@ def from_video(z: Tensor, layout: Layout) -> Tensor:
 
 def check_latent(samples: Tensor, facts: Facts, family: str, channels: int) -> None:
     """Raise ValueError, with the remedy, unless a VAE of `family` with `channels` can decode this latent."""
-    if facts.family is not None and facts.family != family:
+    if facts.family is not None and facts.family != family and not _may_share(facts.family, family):
         raise ValueError(
             f"This latent was made by {facts.family} and the VAE is {family}: their latent spaces differ, and decoding "
             "would give noise. Load the VAE that made the latent, or encode again with this one."
@@ -213,6 +233,12 @@ def rate_of(fps: float) -> Fraction | None:
     return Fraction(fps).limit_denominator(1001) if fps else None
 
 
+def _may_share(one: str, other: str) -> bool:
+    """Whether latents of one family may be in the space of another: of an image VAE, and of a video VAE made for it."""
+    both = [FAMILIES[name] for name in (one, other) if name in FAMILIES]
+    return len(both) == 2 and not any(f.scaled for f in both) and 1 in (f.compression.time for f in both)
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -227,9 +253,9 @@ def _fraction(value: object) -> Fraction | None:
 
 def _who_makes(channels: int) -> str:
     return {
-        4: "cv-vae for SD 1.5, SD 2.1 and SVD; an IV-VAE with z 4 for its own",
+        4: "cv-vae or an image VAE with z 4 for SD 1.5, SD 2.1 and SVD; an IV-VAE with z 4 for its own",
         8: "an IV-VAE with z 8 for its own",
-        16: "cv-vae-sd3 for SD3 and SD3.5 alone, an IV-VAE with z 16 for its own. Flux, Wan, Hunyuan Video, Qwen-Image "
-        "and others have 16 channels, too, in latent spaces of their own: use the VAE of that model there, by "
-        "ComfyUI's Load VAE and VAE Decode",
-    }.get(channels, "none of CV-VAE or IV-VAE makes such latents, so use the VAE of the model that sampled it")
+        16: "cv-vae-sd3 or an image VAE with z 16 for SD3 and SD3.5 alone, an IV-VAE with z 16 for its own. Flux, Wan, "
+        "Hunyuan Video, Qwen-Image and others have 16 channels, too, in latent spaces of their own: use the VAE of "
+        "that model there, by ComfyUI's Load VAE and VAE Decode",
+    }.get(channels, "no VAE of this pack makes such latents, so use the VAE of the model that sampled it")

@@ -56,7 +56,7 @@ def _understood(vae: NativeVideoVAE, latent: dict[str, Any]) -> tuple[Tensor, Fa
     """(b, z, t, h, w) of a LATENT, what is known of each clip, and sentences for the report. Raises ValueError."""
     z = vae.video_latent(latent)
     check_finite(latent)
-    return z, *decoded_facts(latent, z, vae.layout_of(latent), vae.compression)
+    return z, *decoded_facts(latent, z, vae.layout_of(latent), vae.codec.family)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ...vae_core.pictures.plan import draw_plan
+from ...vae_core.pictures import draw_plan
 from ..bridge.native import budget_bytes, require
 from ..bridge.plan_words import plan_words
 from ..bridge.running import count_of, report_ui

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...vae_core.detail.fusion import MOST_CONFIDENCE, DetailSettings, check_counts, fuse_detail
+from ...vae_core.detail import MOST_CONFIDENCE, DetailSettings, check_counts, fuse_detail
 from ...vae_core.families import VIDEO
 from ..bridge.running import Run
 from ..bridge.schema import describe, field

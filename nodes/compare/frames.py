@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...vae_core.metrics import FlickerMeter, frame_quality, phase_means
-from ...vae_core.metrics.frames import check_pair
+from ...vae_core.metrics import FlickerMeter, check_pair, frame_quality, phase_means
 from ..bridge.running import count_of
 from .chart import draw_quality
 from .wipe import MOST_FRAMES, SIDE, WipeRecorder

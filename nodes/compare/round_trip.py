@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as field_of
 from itertools import islice
 from typing import Any
@@ -15,10 +15,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core import TilePlan
-from ...vae_core.families import VIDEO
-from ...vae_core.metrics import Borders, SeamMeter, SeamReading, chunk_borders
-from ...vae_core.nn.region import split
-from ...vae_core.run.stream import AnyPlan
+from ...vae_core.metrics import Borders, SeamMeter, SeamReading, chunk_borders, exact_borders
 from ..bridge.native import NativeVideoVAE, budget_bytes
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, describe, dtype_words, field
@@ -131,22 +128,19 @@ def _through_ours(vae: NativeVideoVAE, source: Clip, node_id: str, budget_gb: fl
         budget=budget_bytes(budget_gb),
     )
     for chunk in chunks:
-        told.borders = _borders(run.tiles, source, chunks=not single and vae.codec.model.family.latents.overlap > 0)
+        told.borders = _borders(vae, run, source)
         yield chunk[0]
     told.reports.append(f"decoding: {run.finish()}")
 
 
-def _borders(tiles: AnyPlan, source: Clip, *, chunks: bool) -> Borders:
-    """Where a decode was joined: the edges of its tiles, and of its chunks in time."""
-    frames = chunk_borders(source.frames) if chunks else ()
-    if not isinstance(tiles, TilePlan):
-        return Borders(frames=frames)
-    cells = [VIDEO.cells(side) for side in source.size]
-    rows, columns = (
-        tuple((VIDEO.space * stop, VIDEO.space * stop) for _, stop in split((0, side), tile or side)[:-1])
-        for side, tile in zip(cells, tiles.sides, strict=True)
-    )
-    return Borders(rows=rows, columns=columns, frames=frames)
+def _borders(vae: NativeVideoVAE, run: Run, source: Clip) -> Borders:
+    """Where a decode was joined: the edges of its tiles, and of its chunks in time where they share frames."""
+    frames = vae.codec.model.family.frames
+    shared = vae.layout != "images" and frames.overlap > 0
+    chunks = chunk_borders(source.frames, first=frames.first, step=frames.step) if shared else ()
+    if not isinstance(run.tiles, TilePlan):
+        return Borders(frames=chunks)
+    return replace(exact_borders(run.tiles, source.size, vae.compression), frames=chunks)
 
 
 def _require_stock(vae: Any) -> comfy.sd.VAE:

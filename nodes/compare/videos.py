@@ -158,7 +158,7 @@ def _common_frames(a: Clip, b: Clip, *, shorter: bool) -> int:
 
 
 def _cut(clip: Clip, count: int) -> Iterator[Tensor]:
-    """The first `count` frames in runs of one length, whatever the runs they come in."""
+    """The first `count` frames in chunks of one length, whatever the chunks they come in."""
     frames = islice(clip.singles(), count)
     done = 0
     while done < count:

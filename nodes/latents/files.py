@@ -174,7 +174,8 @@ class LoadVideoLatent(io.ComfyNode):
                     default=0,
                     min=0,
                     max=10**8,
-                    tooltip="How many latent frames to load: N decode to 4N-3 frames. 0 = to the end.",
+                    tooltip="How many latent frames to load: N decode to 4N-3 frames, of an image VAE to N. 0 = to "
+                    "the end.",
                 ),
                 field(
                     io.Combo,
@@ -252,7 +253,8 @@ def save_latent(
 def _meta(z: Tensor, facts: Facts, layout: Layout, texts: Mapping[str, str]) -> LatentMeta:
     """What the file says: the facts, and where they are not known all that the latent decodes to."""
     known = {} if facts.fps is not None else {_FPS_KNOWN: "false"}
-    height, width = facts.size or (8 * z.shape[-2], 8 * z.shape[-1])
+    space = facts.compression.space
+    height, width = facts.size or (space * z.shape[-2], space * z.shape[-1])
     family: Any = facts.family
     return LatentMeta(
         family=family,
@@ -288,11 +290,6 @@ def _reuse(path: Path) -> dict[str, Any]:
 def _to_wire(z: Tensor, meta: LatentMeta, layout: Layout | None) -> dict[str, Any]:
     """A LATENT of (b, z, t, h, w); layout None: as it was saved."""
     layout = layout or meta.clip_layout or "video"
-    if layout == "frames" and meta.family == "iv-vae":
-        raise ValueError(
-            "This is a latent of an IV-VAE, and the frame batch is the layout of SD and SVD samplers, which would make "
-            "noise of it: choose 'video 5-D'."
-        )
     facts = Facts(
         family=meta.family,
         fps=meta.fps if _fps_known(meta) else None,
@@ -301,6 +298,11 @@ def _to_wire(z: Tensor, meta: LatentMeta, layout: Layout | None) -> dict[str, An
         width=meta.width,
         layout=layout,
     )
+    if layout == "frames" and facts.own_space:
+        raise ValueError(
+            f"This latent was made by {meta.family}, whose latent space is its own, and the frame batch is the layout "
+            "of SD and SVD samplers, which would make noise of it: choose 'video 5-D'."
+        )
     return make_latent(from_video(z, layout).contiguous(), facts, layout)
 
 

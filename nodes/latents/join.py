@@ -102,9 +102,9 @@ def join(clips: Sequence[_Clip], crossfade: int) -> tuple[Tensor, list[int]]:
 
 def _clip(number: int, latent: Any) -> _Clip:
     samples, facts = samples_of(latent), read_facts(latent)
-    if facts.family == "iv-vae":
+    if facts.in_groups:
         raise ValueError(
-            f"Clip {number} is a latent of an IV-VAE, which codes a video in groups that build on each other: joined "
+            f"Clip {number} was made by {facts.family}, which codes a video in groups that build on each other: joined "
             "latents would decode to broken frames at the seam. Decode each clip and join the images instead."
         )
     if facts.layout == "images":

@@ -46,10 +46,10 @@ class LatentLayout(io.ComfyNode):
         check_choice("layout", layout, tuple(LAYOUTS))
         target = LAYOUTS[layout]
         tensor, facts = samples_of(samples), read_facts(samples)
-        if target == "frames" and facts.family == "iv-vae":
+        if target == "frames" and facts.own_space:
             raise ValueError(
-                "This is a latent of an IV-VAE, and the frame batch is the layout of SD and SVD samplers, which would "
-                "make noise of it: IV-VAE has a latent space of its own. Encode with a CV-VAE for those samplers."
+                f"This latent was made by {facts.family}, whose latent space is its own, and the frame batch is the "
+                "layout of SD and SVD samplers, which would make noise of it. Encode with a CV-VAE for those samplers."
             )
         video = to_video(tensor, "frames", clips)
         base = dict(samples)

@@ -11,8 +11,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import InputImpl, io
 
-from ...vae_core import load
-from ...vae_core.door.loading import DEMO_FOLDER
+from ...vae_core import DEMO_FOLDER, load
 from ..bridge.native import NativeVideoVAE, require
 from ..bridge.running import report_ui, show_text
 from ..bridge.schema import check_choice, describe, dtype_words, field, vae_input
@@ -37,9 +36,9 @@ class LoadVideoVAE(io.ComfyNode):
         return describe(
             node_id="CVIV_LoadVideoVAE",
             display_name="Load Video VAE",
-            description="Loads a CV-VAE or IV-VAE and gives a VAE that ComfyUI's own nodes can use, too. ComfyUI's "
-            "Load VAE cannot read these files.",
-            search_aliases=["cv-vae", "iv-vae", "video vae loader", "vae3d", "ivvae"],
+            description="Loads a CV-VAE, an IV-VAE or the image VAE of Stable Diffusion (1.x, 2.x, XL, 3) or Flux, and "
+            "gives a VAE that ComfyUI's own nodes can use, too. ComfyUI's Load VAE cannot read CV-VAE and IV-VAE.",
+            search_aliases=["cv-vae", "iv-vae", "image vae", "video vae loader", "vae3d", "ivvae"],
             inputs=[
                 field(
                     io.Combo,
@@ -72,7 +71,7 @@ class LoadVideoVAE(io.ComfyNode):
                     tooltip="How a clip's latents lie on the wire. clip as frame batch: 4-D, as SD, AnimateDiff and "
                     "SVD samplers take them; a batch is then ONE clip. video 5-D: as newer video models. separate "
                     "images: each latent of a batch is a picture of its own. auto: frame batch for CV-VAE with 4 "
-                    "channels, 5-D for the others.",
+                    "channels and for image VAEs, which take every latent by itself; 5-D for the others.",
                 ),
             ],
             outputs=[io.Vae.Output(display_name="vae", tooltip="For the nodes of this pack and for stock VAE nodes.")],
@@ -112,13 +111,15 @@ class LoadVideoVAE(io.ComfyNode):
         target, remarks = _device(device)
         working = DTYPES[dtype] or mm.vae_dtype(target, [torch.bfloat16, torch.float32])
         codec = load(path, device=mm.vae_offload_device(), dtype=working)
-        is_sd = codec.family == "cv-vae" and codec.info.latent_channels == 4
-        chosen = LAYOUTS[latent_layout]
-        layout = chosen or ("frames" if is_sd else "video")
-        if layout == "frames" and codec.family == "iv-vae":
+        info, chosen = codec.info, LAYOUTS[latent_layout]
+        sampled = info.scaled_by == "sampler"
+        on_batch_axis = sampled and (info.time_compression == 1 or info.latent_channels == 4)
+        layout = chosen or ("frames" if on_batch_axis else "video")
+        if layout == "frames" and not sampled:
             raise ValueError(
-                f"{vae_name} is an IV-VAE, and clip as frame batch is the layout of SD and SVD samplers, which would "
-                "make noise of its latents: its latent space is its own. Choose auto or video 5-D, or load a CV-VAE."
+                f"{vae_name} is of the family {info.family}, whose latent space is its own, and clip as frame batch is "
+                "the layout of SD and SVD samplers, which would make noise of its latents. Choose auto or video 5-D, "
+                "or load a CV-VAE."
             )
         vae = NativeVideoVAE(codec, layout=layout, device=target, dtype=working, chosen=chosen, remarks=remarks)
         head = f"{codec.family}, {codec.info.latent_channels} channels, {dtype_words(working)} on {target}"

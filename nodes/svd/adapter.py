@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...vae_core.svd.adapter import LAYER, OutputLayer, output_layer, read_adapter
+from ...vae_core.svd import LAYER, OutputLayer, output_layer, read_adapter
 from ..bridge.schema import describe, field
 from .model import check_svd
 

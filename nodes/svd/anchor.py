@@ -67,11 +67,16 @@ def check_readers(clip_vision: Any, image_vae: Any) -> None:
             "There is no CLIP vision model: this checkpoint holds none. Load an SVD checkpoint with Image Only "
             "Checkpoint Loader, or a CLIP vision file (ViT-H) with Load CLIP Vision."
         )
-    if isinstance(image_vae, NativeVideoVAE) and image_vae.codec.family != "cv-vae":
+    if isinstance(image_vae, NativeVideoVAE) and not may_be_svds(image_vae):
         raise ValueError(
             f"The image VAE is {image_vae.codec.family}, whose latent space is not SVD's: SVD would see noise. Connect "
-            "the VAE of Image Only Checkpoint Loader, or a CV-VAE with 4 channels."
+            "the VAE of Image Only Checkpoint Loader, or a CV-VAE or an image VAE with 4 channels."
         )
+
+
+def may_be_svds(vae: NativeVideoVAE) -> bool:
+    """Whether the latents of a VAE may be in SVD's space."""
+    return vae.codec.info.scaled_by == "sampler" and vae.latent_channels == CHANNELS
 
 
 def with_noise(pixels: Tensor, level: float, seed: int) -> Tensor:

@@ -13,11 +13,9 @@ import torch
 from comfy_api.latest import InputImpl
 from torch import Tensor
 
-from ...vae_core.families import VIDEO
+from ...vae_core.families import FAMILIES, VIDEO
 from ...vae_core.media.latents import open_latent
-from ...vae_core.svd.scenes import beginning_of, look_through, spans_of
-from ...vae_core.svd.session import TrainingClip, with_buckets
-from ...vae_core.svd.trainer import LATENT_SCALE
+from ...vae_core.svd import LATENT_SCALE, TrainingClip, beginning_of, look_through, spans_of, with_buckets
 from ..bridge.native import NativeVideoVAE
 from ..bridge.running import Run
 from ..bridge.video_source import VideoSource, open_video
@@ -88,7 +86,8 @@ class ClipMaker:
     def _of_latent(self, file: Path, node_id: str | None) -> Iterator[_Made]:
         """The beginning of a latent file, up to the first cut; the image VAE shows what is in it."""
         opened = open_latent(file)
-        if opened.meta.family != "cv-vae" or opened.shape[1] != CHANNELS:
+        family = FAMILIES[opened.meta.family]
+        if family.scaled or family.compression != VIDEO or opened.shape[1] != CHANNELS:
             raise ValueError(
                 f"{file.name} is a latent of {opened.meta.family} with {opened.shape[1]} channels, and SVD works on "
                 f"those of cv-vae with {CHANNELS}: encode the video with CV-VAE, or take the file out of the folder."

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ...vae_core.families import VIDEO
 from ..bridge.schema import check_choice, describe
 from ..bridge.wire import Facts, read_facts, samples_of
-from .anchor import Reader, check_readers
+from .anchor import CHANNELS, Reader, check_readers
 from .hooks import LongSampling
 from .job import LongSettings
 from .long_inputs import ANCHORS, MODES, NOISES, SCHEDULES, long_inputs
@@ -116,12 +116,12 @@ def _reader(anchor: str, clip_vision: Any, image_vae: Any) -> Reader | None:
 def _check_latent(latent: Any) -> Facts:
     """The facts of a latent that SVD can sample. Raises ValueError for any other."""
     samples, facts = samples_of(latent), read_facts(latent)
-    if facts.family not in (None, "cv-vae"):
+    if facts.own_space or (facts.family is not None and samples.shape[1] != CHANNELS):
         raise ValueError(
             f"This latent was made by {facts.family}, whose latent space is not SVD's; sampling it would give noise. "
             "Use the latent of SVD Image to Long Video, or encode the video with CV-VAE (4 channels)."
         )
-    if samples.ndim != 4 or samples.shape[1] != 4:
+    if samples.ndim != 4 or samples.shape[1] != CHANNELS:
         raise ValueError(
             f"The latent has shape {tuple(samples.shape)}; SVD samples (frames, 4, height, width). Use the latent of "
             "SVD Image to Long Video; a 5-D latent of CV-VAE becomes 4-D in Latent Layout (clip as frame batch)."

@@ -17,15 +17,28 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...vae_core.pictures.losses import draw_losses
-from ...vae_core.svd.adapter import LAYER, save_adapter
-from ...vae_core.svd.session import CHECKPOINT_EVERY, HELD_OUT, Encode, Training, TrainingClip
-from ...vae_core.svd.trainer import METHODS, AdapterTrainer, Draw, TrainSettings, network_target
+from ...vae_core.families import VIDEO
+from ...vae_core.pictures import draw_losses
+from ...vae_core.svd import (
+    CHECKPOINT_EVERY,
+    HELD_OUT,
+    LAYER,
+    METHODS,
+    AdapterTrainer,
+    Draw,
+    Encode,
+    Training,
+    TrainingClip,
+    TrainSettings,
+    network_target,
+    save_adapter,
+)
 from ..bridge.native import NativeVideoVAE, require
 from ..bridge.running import show_text
 from ..bridge.schema import check_choice, describe, field
 from ..bridge.wire import image_of
 from .adapter import FOLDER, added_outputs, checkpoint_layer
+from .anchor import may_be_svds
 from .clips import ClipMaker, check_size, training_files, training_folder
 from .model import check_svd
 from .names import check_name
@@ -252,11 +265,16 @@ def _check_models(model: Any, clip_vision: Any, image_vae: Any, vae: Any) -> Non
         )
     require(vae)
     for name, one in (("vae", vae), ("image_vae", image_vae)):
-        if isinstance(one, NativeVideoVAE) and one.codec.family != "cv-vae":
+        if isinstance(one, NativeVideoVAE) and not may_be_svds(one):
             raise ValueError(
                 f"The input {name} is {one.codec.family}, whose latent space is not SVD's: load a CV-VAE with 4 "
                 "channels."
             )
+    if vae.compression != VIDEO:
+        raise ValueError(
+            f"The input vae is {vae.codec.family}, which makes a latent of every frame: load the CV-VAE that will "
+            "decode what SVD makes."
+        )
 
 
 def _model_inputs() -> list[Any]:

@@ -174,7 +174,7 @@ def test_a_video_that_ends_early(comfy: Comfy) -> None:
     made = picture(20, 16, 16)
 
     class Cut(comfy.pack("nodes.bridge.lazy_video").LazyVideo):  # type: ignore[misc]
-        def pieces(self, start: int, stop: int) -> Any:
+        def chunks(self, start: int, stop: int) -> Any:
             yield from made[start : min(stop, 18)].split(7)
 
     video = Cut(lambda start, stop: iter(()), width=16, height=16, frame_count=20, frame_rate=Fraction(24))

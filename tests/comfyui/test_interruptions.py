@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from .calls import DECODE, LOAD_LATENT, SAVE_VIDEO, decode, decode_to_video, encode
+from .calls import DECODE, ENCODE, LOAD_LATENT, SAVE_VIDEO, decode, decode_to_video, encode
 from .conftest import LoadVAE
 from .inprocess import CancelledRunError, Comfy, NodeError, Progress
 from .weights import SMALL, picture
@@ -40,11 +40,50 @@ def test_cancel_in_the_middle_of_a_decode(comfy: Comfy, load_vae: LoadVAE, name:
         comfy.call(node, vae=vae, samples=latent, **widgets)
     assert caught.value.node_type == node
     stopped_at = comfy.progress[-1].value
-    assert 16 <= stopped_at < 40  # at most one piece more
+    assert 16 <= stopped_at < 40  # at most one chunk more
 
     comfy.on_progress = None
     images, *_ = comfy.call(node, vae=vae, samples=latent, **widgets)
     assert images.shape == (65, 16, 24, 3)
+
+
+@pytest.mark.parametrize("name", ["cv", "iv", "image"])
+@pytest.mark.parametrize("node", ["CVIV_Decode", "VAEDecodeTiled", "CVIV_Encode", "VAEEncode"])
+def test_cancel_in_the_middle_of_a_chunk(
+    comfy: Comfy, load_vae: LoadVAE, monkeypatch: pytest.MonkeyPatch, name: str, node: str
+) -> None:
+    """A chunk of a large frame may take a minute: nothing runs after the step in which Cancel was pressed."""
+    vae, images = load_vae(SMALL[name]), picture(1, 64, 96)
+    latent, _ = encode(comfy, vae, images)
+    direction: Any = "encode" if "Encode" in node else "decode"
+    given: dict[str, dict[str, Any]] = {
+        "CVIV_Decode": {"samples": latent, **DECODE},
+        "VAEDecodeTiled": {
+            "samples": latent, "tile_size": 64, "overlap": 0, "temporal_size": 8, "temporal_overlap": 4,
+        },
+        "CVIV_Encode": {"images": images, **ENCODE},
+        "VAEEncode": {"pixels": images},
+    }  # fmt: skip
+    ran: list[int] = []
+
+    def watch(number: int, layer: torch.nn.Module) -> None:
+        original = layer.forward
+
+        def forward(*args: Any, **keywords: Any) -> Any:
+            ran.append(number)
+            if number == 2:
+                comfy.module("nodes").interrupt_processing(True)
+            return original(*args, **keywords)
+
+        monkeypatch.setattr(layer, "forward", forward)
+
+    for number, step in enumerate(vae.codec.model.steps(direction)):
+        watch(number, step.layer)
+    with pytest.raises(CancelledRunError) as caught:
+        comfy.call(node, vae=vae, **given[node])
+    assert caught.value.node_type == node
+    assert max(ran) == ran[-1] == 2
+    assert comfy.progress == []
 
 
 def test_cancel_in_the_middle_of_an_encode(comfy: Comfy, load_vae: LoadVAE) -> None:
@@ -76,7 +115,7 @@ def test_a_cancelled_decode_frees_its_frames(comfy: Comfy, load_vae: LoadVAE, mo
 def test_out_of_memory_once(
     comfy: Comfy, load_vae: LoadVAE, monkeypatch: pytest.MonkeyPatch, name: str, frames: int, width: int, node: str
 ) -> None:
-    """The failed piece is done again in smaller tiles; frames that were finished are not decoded twice."""
+    """The failed chunk is done again in smaller tiles; frames that were finished are not decoded twice."""
     vae = load_vae(SMALL[name])
     latent, _ = encode(comfy, vae, picture(frames, 64, width))
     widgets = DECODE if node == "CVIV_Decode" else {}
@@ -98,15 +137,15 @@ def test_out_of_memory_once(
     assert values == sorted(values)
     if node == "CVIV_Decode":
         assert "out of memory after" in rest[-1]
-        assert "went on from there in less at a time: Exact tiles of at most" in rest[-1]
-        assert "2 per piece, exact" in rest[-1]
+        assert "went on from there by a smaller plan: Exact " in rest[-1]  # strips or tiles
+        assert "per chunk, exact" in rest[-1]
 
     monkeypatch.undo()
     again, *rest = comfy.call(node, vae=vae, samples=latent, **widgets)
     torch.testing.assert_close(again, expected, atol=1e-3, rtol=0)
     if node == "CVIV_Decode":
         assert "memory ran out in an earlier run: begins with what worked then" in rest[-1]
-        assert "Exact tiles of at most" in rest[-1]
+        assert "Whole frames" not in rest[-1]
         _, _, report = decode(comfy, vae, latent, memory_budget_gb=16.0)
         assert "earlier run" not in report
         assert "Whole frames" in report
@@ -180,29 +219,29 @@ def test_the_report_names_blended_tiles(comfy: Comfy, load_vae: LoadVAE) -> None
     vae = load_vae(SMALL["cv"])
     run = comfy.pack("nodes.bridge.running").Run(5)
     tiles = comfy.pack("vae_core").ReferencePlan(64, 0.25)
-    pieces = list(vae.decode_pieces(torch.randn(1, 4, 2, 8, 14), run, tiles=tiles))
-    assert pieces[0].shape == (1, 5, 64, 112, 3)
+    chunks = list(vae.decode_chunks(torch.randn(1, 4, 2, 8, 14), run, tiles=tiles))
+    assert chunks[0].shape == (1, 5, 64, 112, 3)
     report = run.finish()
-    assert "Official tiles of 64 px, 2 per piece" in report
+    assert "Official tiles of 64 px, 2 per chunk" in report
     assert "Result: not exact: blended" in report
 
 
 # ---------------------------------------------------------------------------------------------------- session
 
 
-def test_the_session_learns_from_the_pieces_that_reach_the_peak(comfy: Comfy) -> None:
+def test_the_session_learns_from_the_chunks_that_reach_the_peak(comfy: Comfy) -> None:
     session = comfy.pack("nodes.bridge.session")
-    slack, usual = comfy.pack("vae_core.planner").SLACK, comfy.pack("vae_core.planner").MARGIN
+    slack, usual = comfy.pack("vae_core.plan.planner").SLACK, comfy.pack("vae_core.plan.planner").MARGIN
     facts, gib, in_use = session.Session(), 2**30, 0
-    gauge = session.Gauge(facts, "cuda:0", predicted=gib, pieces=2, peak=lambda: in_use)
+    gauge = session.Gauge(facts, "cuda:0", predicted=gib, chunks=2, peak=lambda: in_use)
     in_use = gib // 4
-    gauge.piece_done()
+    gauge.chunk_done()
     assert facts.margin("cuda:0") == usual
     in_use = 3 * gib
-    gauge.piece_done()
+    gauge.chunk_done()
     assert facts.margin("cuda:0") == pytest.approx(3 * slack)
     in_use = 9 * gib
-    gauge.piece_done()
+    gauge.chunk_done()
     assert facts.margin("cuda:0") == pytest.approx(3 * slack)
     assert facts.margin("cuda:1") == usual
 
@@ -210,12 +249,12 @@ def test_the_session_learns_from_the_pieces_that_reach_the_peak(comfy: Comfy) ->
 def test_the_session_learns_nothing_from_a_spoilt_run_or_on_a_cpu(comfy: Comfy) -> None:
     session = comfy.pack("nodes.bridge.session")
     facts = session.Session()
-    gauge = session.Gauge(facts, "cuda:0", predicted=2**30, pieces=1, peak=lambda: 2**40)
+    gauge = session.Gauge(facts, "cuda:0", predicted=2**30, chunks=1, peak=lambda: 2**40)
     gauge.spoil()
-    gauge.piece_done()
+    gauge.chunk_done()
     assert session.peak_reader(torch.device("cpu")) is None
-    session.Gauge(facts, "cpu", predicted=2**30, pieces=1, peak=None).piece_done()
-    assert facts.margin("cuda:0") == facts.margin("cpu") == comfy.pack("vae_core.planner").MARGIN
+    session.Gauge(facts, "cpu", predicted=2**30, chunks=1, peak=None).chunk_done()
+    assert facts.margin("cuda:0") == facts.margin("cpu") == comfy.pack("vae_core.plan.planner").MARGIN
 
 
 def test_a_measured_margin_plans_smaller(comfy: Comfy, load_vae: LoadVAE) -> None:
@@ -244,16 +283,15 @@ def _break(monkeypatch: pytest.MonkeyPatch, vae: Any, error: Exception) -> None:
 
 def _watch(monkeypatch: pytest.MonkeyPatch, vae: Any, see: Any) -> None:
     """Call `see` with pixels that the decoder's last layer makes, each time it runs."""
-    decoder = vae.codec.model.decoder
-    owner, name = (decoder, "_pixels") if hasattr(decoder, "_pixels") else (decoder.conv_out, "pieces")
-    original = getattr(owner, name)
+    last = vae.codec.model.steps("decode")[-1].layer
+    original = last.forward
 
     def watched(*args: Any, **keywords: Any) -> Any:
         made = original(*args, **keywords)
-        see(made if isinstance(made, torch.Tensor) else made[-1][1])
+        see(made.tensors[-1])
         return made
 
-    monkeypatch.setattr(owner, name, watched)
+    monkeypatch.setattr(last, "forward", watched)
 
 
 def _deepest(vae: Any) -> list[torch.nn.Module]:

@@ -272,7 +272,7 @@ def test_the_layout_can_be_chosen(comfy: Comfy) -> None:
     assert torch.equal(_load(comfy, path)[0]["samples"], batch["samples"])
     assert torch.equal(_load(comfy, path, layout="video 5-D")[0]["samples"], latent["samples"])
     _, path = _save(comfy, _latent(family="iv-vae", z=16), "latents/layout")
-    with pytest.raises(NodeError, match="IV-VAE, and the frame batch is the layout of SD"):
+    with pytest.raises(NodeError, match="made by iv-vae, whose latent space is its own"):
         _load(comfy, path, layout="clip as frame batch")
 
 

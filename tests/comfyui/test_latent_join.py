@@ -80,7 +80,7 @@ def test_decoded(comfy: Comfy, load_vae: LoadVAE) -> None:
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (clip(3, 1.0, family="iv-vae"), r"Clip 2 is a latent of an IV-VAE.*Decode each clip"),
+        (clip(3, 1.0, family="iv-vae"), r"Clip 2 was made by iv-vae.*Decode each clip"),
         (clip(3, 1.0, family="cv-vae-sd3"), r"clip 1 was made by cv-vae and clip 2 by cv-vae-sd3"),
         ({"samples": torch.zeros(3, 4, 6, 9)}, r"Clip 2 has .* \(1, 4, 6, 9\) and clip 1 \(1, 4, 6, 8\)"),
         ({"samples": torch.zeros(2, 4, 3, 6, 8)}, r"Clip 2 has .* \(2, 4, 6, 8\)"),

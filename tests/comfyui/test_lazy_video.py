@@ -17,7 +17,7 @@ import torch
 from .inprocess import CancelledRunError, Comfy, NodeError, RefusedError
 
 RATE = Fraction(24000, 1001)
-PIECE = 7
+CHUNK = 7
 
 
 def _clip(frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -44,14 +44,14 @@ class _Maker:
     def __call__(self, start: int, stop: int) -> Iterator[torch.Tensor]:
         self.asked.append((start, stop))
         try:
-            for begin in range(start, stop, PIECE):
+            for begin in range(start, stop, CHUNK):
                 if self.fail_at is not None and begin >= self.fail_at:
                     raise KeyboardInterrupt
-                piece = self.clip[begin : min(begin + PIECE, stop)].clone()
-                self.held.append(weakref.ref(piece))
+                chunk = self.clip[begin : min(begin + CHUNK, stop)].clone()
+                self.held.append(weakref.ref(chunk))
                 self.most = max(self.most, sum(ref() is not None for ref in self.held))
-                yield piece
-                del piece
+                yield chunk
+                del chunk
         finally:
             self.closed += 1
 
@@ -213,11 +213,11 @@ def test_a_cancelled_save_leaves_no_file_and_frees_the_decoder(comfy: Comfy) -> 
     maker = _Maker(clip)
 
     def frames(start: int, stop: int) -> Iterator[torch.Tensor]:
-        for number, piece in enumerate(maker(start, stop)):
+        for number, chunk in enumerate(maker(start, stop)):
             if number == 3:
                 comfy.module("nodes").interrupt_processing(True)
             comfy.module("comfy.model_management").throw_exception_if_processing_interrupted()
-            yield piece
+            yield chunk
 
     maker_of = comfy.pack("nodes.bridge.lazy_video").LazyVideo
     video = maker_of(frames, width=64, height=48, frame_count=60, frame_rate=RATE)
@@ -337,11 +337,11 @@ def test_the_stock_samplers_of_frames_get_the_right_ones(
 # ------------------------------------------------------------------------------------------------ reading a VIDEO
 
 
-def _all(source: Any, *part: Any, piece: int = 5) -> torch.Tensor:
-    """All frames of a part as an IMAGE, after a look at the pieces."""
-    pieces = list(source.frames(*part, piece=piece))
-    assert all(got.ndim == 5 and got.shape[:2] == (1, 3) and 1 <= got.shape[2] <= piece for got in pieces)
-    video = torch.cat(pieces, dim=2)
+def _all(source: Any, *part: Any, chunk: int = 5) -> torch.Tensor:
+    """All frames of a part as an IMAGE, after a look at the chunks."""
+    chunks = list(source.frames(*part, chunk=chunk))
+    assert all(got.ndim == 5 and got.shape[:2] == (1, 3) and 1 <= got.shape[2] <= chunk for got in chunks)
+    video = torch.cat(chunks, dim=2)
     assert video.shape[2] == source.count(*part)
     return video[0].permute(1, 2, 3, 0).add(1).div(2)
 
@@ -434,7 +434,7 @@ def test_tensors_are_read_without_a_copy_of_the_clip(comfy: Comfy) -> None:
     ):
         components = latest.Types.VideoComponents(images=tensor, frame_rate=Fraction(25))
         source = comfy.pack("nodes.bridge.video_source").open_video(latest.InputImpl.VideoFromComponents(components))
-        first = next(source.frames(piece=4))
+        first = next(source.frames(chunk=4))
         assert first.untyped_storage().nbytes() == 4 * 48 * 64 * 3 * 4
         assert torch.allclose(_all(source), expected, atol=1e-6)
     assert torch.equal(images, _clip(40))
@@ -445,10 +445,10 @@ def test_a_file_in_memory_leaves_nothing_behind(comfy: Comfy, tmp_path: Path) ->
     video = _kinds(comfy, _clip(30), None, tmp_path)["memory"]
     before = sorted(folder.rglob("*"))
     source = comfy.pack("nodes.bridge.video_source").open_video(video)
-    frames = source.frames(piece=4)
+    frames = source.frames(chunk=4)
     next(frames)
     del source
-    assert sum(piece.shape[2] for piece in frames) == 26
+    assert sum(chunk.shape[2] for chunk in frames) == 26
     del frames
     assert sorted(folder.rglob("*")) == before
     with pytest.raises(ValueError, match="cannot be read as video"):

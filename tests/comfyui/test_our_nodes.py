@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from .calls import (
     DECODE_TO_VIDEO,
     ENCODE_PART,
     LOAD_LATENT,
+    LOAD_VAE,
     SAVE_LATENT,
     SAVE_VIDEO,
     decode,
@@ -36,6 +39,10 @@ SMALL_LAYOUTS = [
     (SMALL["sd3"], "clip as frame batch"),
     (SMALL["iv"], "video 5-D"),
     (SMALL["iv"], "separate images"),
+    (SMALL["image"], "clip as frame batch"),
+    (SMALL["image"], "video 5-D"),
+    (SMALL["image"], "separate images"),
+    (SMALL["image16"], "clip as frame batch"),
 ]
 
 
@@ -143,15 +150,16 @@ def test_encode_video_gives_the_sound_of_the_part(comfy: Comfy, load_vae: LoadVA
     assert audio["waveform"].abs().max() > 0.1
 
 
-def test_a_long_latent_decodes_the_same_in_small_pieces(comfy: Comfy, load_vae: LoadVAE) -> None:
+def test_a_long_latent_decodes_the_same_in_small_chunks(comfy: Comfy, load_vae: LoadVAE) -> None:
     """A budget of a few MiB makes tiles, and tiles are exact."""
-    for name in ("cv", "iv"):
+    for name in ("cv", "iv", "image"):
         vae = load_vae(SMALL[name])
         latent, _ = encode(comfy, vae, picture(5, 64, 96))
         plain, _, report = decode(comfy, vae, latent)
-        tiled, _, tiled_report = decode(comfy, vae, latent, memory_budget_gb=0.005)
+        tiled, _, tiled_report = decode(comfy, vae, latent, memory_budget_gb=0.001)
         assert tiled_report != report
-        assert "tile" in tiled_report
+        assert "Exact " in tiled_report  # strips or tiles
+        assert "Whole frames" in report
         torch.testing.assert_close(tiled, plain, atol=1e-3, rtol=0)
 
 
@@ -254,7 +262,7 @@ def _choice(comfy: Comfy, path: str) -> str:
     return found
 
 
-@pytest.mark.parametrize("name", ["cv", "iv"])
+@pytest.mark.parametrize("name", ["cv", "iv", "image"])
 def test_save_video_decodes_into_the_file(comfy: Comfy, load_vae: LoadVAE, name: str) -> None:
     """Latent, Video VAE Decode to Video, Save Video, in one graph: what a player then finds in the file."""
     vae = load_vae(SMALL[name])
@@ -282,6 +290,52 @@ def test_save_video_decodes_into_the_file(comfy: Comfy, load_vae: LoadVAE, name:
     shown = torch.from_numpy(found["frames"]) / 255
     assert (shown - decoded).abs().mean() < 0.05  # colours share pixels in the file
     assert (shown.flip(0) - decoded).abs().mean() > (shown - decoded).abs().mean()
+
+
+@pytest.mark.parametrize("name", ["cv", "iv", "image"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_weights_that_are_changed_in_place_are_used(
+    comfy: Comfy, load_vae: LoadVAE, models: Path, name: str, inference: bool
+) -> None:
+    """ComfyUI patches weights so; nothing made of the old ones may be left over."""
+    from safetensors.torch import load_file
+
+    told = {"vae_name": SMALL[name], **LOAD_VAE}
+    (vae,) = comfy.call("CVIV_LoadVideoVAE", **told)
+    latent, _ = encode(comfy, vae, picture(9, 40, 48))
+    before, _, _ = decode(comfy, vae, latent)
+    with torch.inference_mode(inference):
+        for parameter in vae.codec.model.parameters():
+            parameter.data.mul_(0.9)
+    changed, _, _ = decode(comfy, vae, latent)
+    (stock,) = comfy.call("VAEDecode", samples=latent, vae=vae)
+    again, _ = encode(comfy, vae, picture(9, 40, 48))
+
+    state = {key: tensor * 0.9 for key, tensor in load_file(models / SMALL[name]).items()}
+    scaling = {"scale_factor": 1.3, "shift_factor": 0.1} if name == "iv" else {}
+    fresh = comfy.pack("vae_core").load(state, **scaling)
+    expected = fresh.decode(vae.video_latent(latent), frames=9, size=(40, 48)).add(1).div(2).clamp(0, 1)
+    torch.testing.assert_close(changed, expected[0].movedim(0, -1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(stock[:9], changed, atol=1e-5, rtol=0)
+    assert (changed - before).abs().mean() > 1e-3
+    mean = fresh.encode(picture(9, 40, 48).movedim(-1, 0)[None] * 2 - 1, pad=True)
+    torch.testing.assert_close(vae.video_latent(again), mean, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_comfyui_patches_are_used(comfy: Comfy, load_vae: LoadVAE) -> None:
+    """By its own patcher on a clone, as LoRA loaders do; the VAE itself stays as it was."""
+    (vae,) = comfy.call("CVIV_LoadVideoVAE", vae_name=SMALL["cv"], **LOAD_VAE)
+    latent, _ = encode(comfy, vae, picture(5, 24, 32))
+    before, _, _ = decode(comfy, vae, latent)
+    other = copy.copy(vae)
+    other.patcher = vae.patcher.clone()
+    name = "model.decoder.conv_in.weight"
+    change = torch.full(vae.first_stage_model.get_parameter(name).shape, 0.05)
+    assert other.patcher.add_patches({name: ("diff", (change,))}) == [name]
+    patched, _, _ = decode(comfy, other, latent)
+    assert (patched - before).abs().mean() > 1e-3
+    back, _, _ = decode(comfy, vae, latent)
+    torch.testing.assert_close(back, before, atol=1e-6, rtol=0)
 
 
 def test_a_run_of_many_passes_has_one_clock(comfy: Comfy) -> None:

@@ -84,11 +84,11 @@ def test_iv_latents_do_not_go_where_sd_samplers_take_them(comfy: Comfy, load_vae
     message = refusal(
         comfy, "CVIV_LoadVideoVAE", vae_name=SMALL["iv"], **{**LOAD_VAE, "latent_layout": "clip as frame batch"}
     )
-    assert "is an IV-VAE" in message
+    assert "is of the family iv-vae, whose latent space is its own" in message
     assert "video 5-D" in message
     latent, _ = encode(comfy, load_vae(SMALL["iv"]), picture(5, 16, 16))
     message = refusal(comfy, "CVIV_LatentLayout", samples=latent, layout="clip as frame batch", clips=1)
-    assert "latent of an IV-VAE" in message
+    assert "made by iv-vae, whose latent space is its own" in message
 
 
 def test_iv_latents_in_a_sampler(comfy: Comfy, load_vae: LoadVAE, tmp_path: Path) -> None:

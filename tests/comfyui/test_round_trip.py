@@ -111,7 +111,7 @@ def test_tiles_are_exact_and_their_borders_are_measured(comfy: Comfy, load_vae: 
     assert "Whole frames" in report
     assert "at the borders of" not in table
     tiled, _, table, report = round_trip(comfy, vae, images, memory_budget_gb=0.005)
-    assert "Exact tiles" in report
+    assert "Exact strips" in report
     torch.testing.assert_close(tiled, whole, atol=1e-3, rtol=0)
     assert 0.5 < float(cells(table, "tiles")[0]) < 2  # as anywhere else
 

@@ -96,7 +96,7 @@ def test_cancel_while_a_video_is_written(server: Server) -> None:
     assert ended["status"]["status_str"] == "error"
     names = [name for name, _ in ended["status"]["messages"]]
     assert "execution_interrupted" in names
-    assert steps[-1] - asked[0] <= 32  # at most the piece that was under way and the one after
+    assert steps[-1] - asked[0] <= 32  # at most the chunk that was under way and the one after
     folder = server.base / "output" / "cancelled"
     assert not folder.exists() or list(folder.iterdir()) == []
 

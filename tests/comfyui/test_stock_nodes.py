@@ -38,6 +38,9 @@ CASES = [
     Case("demo-cv-vae", "separate images", (FRAMES, 4, 6, 8)),
     Case("demo-iv-vae", "video 5-D", (1, 16, LATENTS, 6, 8)),
     Case("demo-iv-vae", "separate images", (FRAMES, 16, 6, 8)),
+    Case("demo-image-vae", "clip as frame batch", (FRAMES, 4, 6, 8)),
+    Case("demo-image-vae", "video 5-D", (1, 4, FRAMES, 6, 8)),
+    Case("demo-image-vae", "separate images", (FRAMES, 4, 6, 8)),
     Case(SMALL["sd3"], "video 5-D", (1, 16, LATENTS, 6, 8)),
 ]
 TILED = {"tile_size": 64, "overlap": 0, "temporal_size": 8, "temporal_overlap": 4}
@@ -71,6 +74,9 @@ def test_layout_auto(load_vae: LoadVAE) -> None:
     assert load_vae("demo-cv-vae").layout == "frames"
     assert load_vae("demo-iv-vae").layout == "video"
     assert load_vae(SMALL["sd3"]).layout == "video"
+    assert load_vae(SMALL["cv16"]).layout == "video"
+    assert load_vae("demo-image-vae").layout == "frames"
+    assert load_vae(SMALL["image16"]).layout == "frames"
 
 
 def test_encode_and_decode(comfy: Comfy, case: Case, vae: Any, images: torch.Tensor) -> None:
@@ -87,7 +93,7 @@ def test_encode_and_decode(comfy: Comfy, case: Case, vae: Any, images: torch.Ten
     torch.testing.assert_close(decoded, ours_decoded)
 
 
-@pytest.mark.parametrize("case", CASES[:5], ids=str)
+@pytest.mark.parametrize("case", CASES[:8], ids=str)
 def test_the_demo_weights_give_the_picture_back(comfy: Comfy, case: Case, vae: Any) -> None:
     (video,) = comfy.call("CVIV_DemoClip")
     clip = video.get_components().images[:5, 64:128, 100:180]

@@ -279,7 +279,7 @@ def test_latent_files_are_trained_on(
         train(small_svd(comfy), steps=2, save_name="other")
 
 
-def test_refusals(comfy: Comfy, train: Callable[..., Any], loras: Path) -> None:
+def test_refusals(comfy: Comfy, train: Callable[..., Any], load_vae: Callable[..., Any], loras: Path) -> None:
     model = small_svd(comfy)
     for name in ("../evil", "a/b", "", "con", "x."):
         with pytest.raises(RefusedError, match="give a plain name"):
@@ -287,6 +287,9 @@ def test_refusals(comfy: Comfy, train: Callable[..., Any], loras: Path) -> None:
     for folder in ("..", "../../etc", "/etc", " "):
         with pytest.raises(RefusedError, match="give the name of one in input/"):
             train(model, folder=folder)
+    for name, told in (("iv", "whose latent space is not SVD's"), ("image", "which makes a latent of every frame")):
+        with pytest.raises(NodeError, match=f"The input vae is {name}-vae, {told}"):
+            train(model, vae=load_vae(SMALL[name]))
     with pytest.raises(NodeError, match="There is no folder 'nothing'"):
         train(model, folder="nothing")
     with pytest.raises(NodeError, match="The size is 100x64"):

@@ -16,30 +16,43 @@ SMALL = {
     "cv16": "small_cv_16.safetensors",
     "sd3": "small_cv_sd3.safetensors",
     "iv": "small_iv.safetensors",
+    "image": "small_image.safetensors",
+    "image16": "small_image_16.safetensors",
 }
 
 
 def write_small(comfy: Comfy, folder: Path) -> None:
     """Write every file of SMALL."""
-    cv, iv = comfy.pack("vae_core.cv_vae"), comfy.pack("vae_core.iv_vae")
+    cv, iv, image = (comfy.pack(f"vae_core.families.{name}") for name in ("cv_vae", "iv_vae", "image_vae"))
     narrow = cv.CVVAEConfig(widths=(32, 32, 32, 32), blocks_per_level=1, latent_channels=4, sd3=False)
-    configs = {
-        "cv": narrow,
-        "cv16": replace(narrow, latent_channels=16),
-        "sd3": replace(narrow, latent_channels=16, sd3=True),
-        "iv": iv.IVVAEConfig(dim=8, latent_channels=4, scale_factor=1.3, shift_factor=0.1),
+    flat = image.ImageVAEConfig(
+        widths=(32, 32, 32, 32),
+        blocks_per_level=1,
+        latent_channels=4,
+        quantized=(True, True),
+        decoder_attention=True,
+        norm_eps=1e-6,
+        scale_factor=0.18215,
+        shift_factor=0.0,
+    )
+    kinds: dict[str, tuple[Any, Any]] = {
+        "cv": (cv.CV_VAE, narrow),
+        "cv16": (cv.CV_VAE, replace(narrow, latent_channels=16)),
+        "sd3": (cv.CV_VAE_SD3, replace(narrow, latent_channels=16, sd3=True)),
+        "iv": (iv.IV_VAE, iv.IVVAEConfig(dim=8, latent_channels=4, scale_factor=1.3, shift_factor=0.1)),
+        "image": (image.IMAGE_VAE, flat),
+        "image16": (image.IMAGE_VAE, replace(flat, latent_channels=16, quantized=(False, False))),
     }
     core = comfy.pack("vae_core")
-    for name, config in configs.items():
+    for name, (family, config) in kinds.items():
         scaling = {"scale_factor": 1.3, "shift_factor": 0.1} if name == "iv" else {}
-        state = recipe.state_dict(_official_shapes(comfy, config), seed=0)
+        state = recipe.state_dict(_official_shapes(family, config), seed=0)
         core.save(core.load(state, **scaling), folder / SMALL[name])
 
 
-def _official_shapes(comfy: Comfy, config: Any) -> dict[str, tuple[int, ...]]:
-    keys = comfy.pack("vae_core.keys")
+def _official_shapes(family: Any, config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return dict(keys.key_map(keys.build(config)).values())
+        return dict(family.key_map(family.network(config)).values())
 
 
 def picture(frames: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""A 2-D VAE of the Stable Diffusion kind as plain functions of a state dict, independent of the code under test."""
+"""A 2-D VAE of the Stable Diffusion kind as plain functions of a state dict, independent of the code under test; and
+small ones of the family image-vae."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vae_core.families.image_vae import IMAGE_VAE, OUR_EPS, ImageVAEConfig
+from vae_core.training.coders import FrameByFrame
 
 WIDTHS, BLOCKS, CHANNELS = (32, 32, 64, 96), 1, 4
 
@@ -144,3 +148,19 @@ class Image2D:
             if i:
                 x = self._conv(f"decoder.up.{i}.upsample.conv", F.interpolate(x, scale_factor=2.0), padding=1)
         return self._conv("decoder.conv_out", F.silu(self._norm("decoder.norm_out", x)), padding=1)
+
+
+def our_image_vae(widths: tuple[int, ...] = (32, 32, 32, 32), *, attention: bool = False) -> FrameByFrame:
+    """A freshly drawn `image-vae` without quant convolutions, as the image stage trains it; with `attention` in the
+    decoder and eps 1e-6, as Stable Diffusion has them."""
+    size = ImageVAEConfig(
+        widths=widths,
+        blocks_per_level=1,
+        latent_channels=4,
+        quantized=(False, False),
+        decoder_attention=attention,
+        norm_eps=1e-6 if attention else OUR_EPS,
+        scale_factor=1.0,
+        shift_factor=0.0,
+    )
+    return FrameByFrame(IMAGE_VAE.network(size))

@@ -19,6 +19,7 @@ from vae_core.cli import report
 from vae_core.cli.guard import guarded
 from vae_core.cli.work import Quality
 from vae_core.door.loading import DEMO_WEIGHTS
+from vae_core.families import FAMILIES
 from vae_core.media.latents import open_latent
 from vae_core.media.video import frame_times, probe, read_frames
 from vae_core.metrics import frame_quality
@@ -30,7 +31,7 @@ from .clips import as_pictures, moving_picture, same_sound, tone_file, with_soun
 def weights(tmp_path_factory: pytest.TempPathFactory, small_vae: Callable[..., vae_core.VideoVAE]) -> dict[str, Path]:
     """A small checkpoint file of each family."""
     folder = tmp_path_factory.mktemp("weights")
-    files = {family: folder / f"{family}.safetensors" for family in ("cv-vae", "cv-vae-sd3", "iv-vae")}
+    files = {family: folder / f"{family}.safetensors" for family in FAMILIES}
     for family, path in files.items():
         vae_core.save(small_vae(family, torch.float32), path)
     return files
@@ -81,7 +82,13 @@ def files(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("family", "frames", "height", "width"),
-    [("cv-vae", 96, 57, 100), ("iv-vae", 10, 48, 64), ("cv-vae-sd3", 1, 33, 25), ("iv-vae", 18, 51, 33)],
+    [
+        ("cv-vae", 96, 57, 100),
+        ("iv-vae", 10, 48, 64),
+        ("cv-vae-sd3", 1, 33, 25),
+        ("iv-vae", 18, 51, 33),
+        ("image-vae", 6, 51, 33),
+    ],
 )
 def test_reconstruct_gives_back_frames_and_size(
     here: Path, weights: dict[str, Path], family: str, frames: int, height: int, width: int
@@ -125,16 +132,17 @@ def test_start_frames_and_sound_go_together(here: Path, weights: dict[str, Path]
     assert (left - read_all(here / "clip.mp4", start=25, frames=25)).abs().mean() < 0.02
 
 
-def test_encode_then_decode_is_reconstruct(here: Path, weights: dict[str, Path]) -> None:
+@pytest.mark.parametrize("family", ["iv-vae", "image-vae"])
+def test_encode_then_decode_is_reconstruct(here: Path, weights: dict[str, Path], family: str) -> None:
     with_sound(here / "clip.mp4", 30)
-    chosen = ("-w", weights["iv-vae"], "--start", 3, "--frames", 22)
+    chosen = ("-w", weights[family], "--start", 3, "--frames", 22)
     said = succeed("encode", "clip.mp4", *chosen, "-o", "clip.safetensors")
-    assert "family           iv-vae" in said
+    assert f"family           {family}" in said
     meta = open_latent(here / "clip.safetensors").meta
-    assert (meta.family, meta.fps, meta.frames, meta.height, meta.width) == ("iv-vae", Fraction(25), 22, 48, 64)
+    assert (meta.family, meta.fps, meta.frames, meta.height, meta.width) == (family, Fraction(25), 22, 48, 64)
     assert (meta.audio, meta.start) == ("clip.sound.mka", 3)
     assert succeed("info", "clip.safetensors") == said
-    succeed("decode", "clip.safetensors", "-w", weights["iv-vae"], "-o", "decoded.mp4", "--crf", 0)
+    succeed("decode", "clip.safetensors", "-w", weights[family], "-o", "decoded.mp4", "--crf", 0)
     succeed("reconstruct", "clip.mp4", *chosen, "-o", "direct.mp4", "--crf", 0)
     torch.testing.assert_close(read_all(here / "decoded.mp4"), read_all(here / "direct.mp4"), atol=0.03, rtol=0)
     same_sound(here / "clip.mp4", here / "decoded.mp4", offset=3 / 25, length=0.8)

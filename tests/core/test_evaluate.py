@@ -425,6 +425,22 @@ def test_diffusers_vaes_stand_beside_ours(here: Path, kind: str) -> None:
     assert row["per_frame"]["psnr"] == pytest.approx(psnr.tolist(), rel=1e-3)
 
 
+def test_an_image_vae_is_one_of_ours(here: Path, small_vae: Callable[..., vae_core.VideoVAE]) -> None:
+    vae = small_vae("image-vae", torch.float32)
+    vae_core.save(vae, here / "image.safetensors")
+    video(here / "videos" / "a.mp4", frames=6, height=44, width=60)
+    result = run("videos", "-v", "image.safetensors", "-o", "report", "--no-baseline")
+    assert result.exit_code == 0, result.output
+    clip = read_all(here / "videos" / "a.mp4")
+    psnr, _ = frame_quality(vae.decode(vae.encode(clip, pad=True), size=(44, 60)), clip)
+    row = report(here / "report")["videos"][0]
+    assert row["per_frame"]["psnr"] == pytest.approx(psnr.tolist(), rel=1e-3)
+    assert "4 channels, 8x8" in (here / "report" / "report.html").read_text()
+    result = run("videos", "-v", "image.safetensors+reference-tiles", "-o", "tiled")
+    assert result.exit_code != 0
+    assert "this is image-vae; leave them out" in result.output
+
+
 def test_latent_compatibility_with_an_image_vae_of_diffusers(here: Path, weights: dict[str, Path]) -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)

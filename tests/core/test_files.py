@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vae_core.errors import CheckpointError
-from vae_core.weights.detect import describe_foreign, family_of
+from vae_core.families import family_of, recognize
+from vae_core.weights.detect import describe_foreign
 from vae_core.weights.files import FOREIGN, read_weights, strip_foreign
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -353,20 +354,42 @@ def _published() -> dict[str, Shapes]:
 PUBLISHED = _published()
 
 
+def _recognized(shapes: Shapes) -> tuple[str, tuple[str, ...]] | None:
+    """Family and halves of weights of these names and shapes, as the loader finds them."""
+    found = recognize({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    return None if found is None else (found[0].id, found[1])
+
+
+def _family(kind: str) -> str:
+    return kind if kind.startswith("cv") else "iv-vae"
+
+
 @pytest.mark.parametrize("kind", list(PUBLISHED))
 def test_the_published_files_are_recognized(kind: str) -> None:
-    assert family_of(PUBLISHED[kind]) == (kind if kind.startswith("cv") else "iv-vae")
+    family = family_of(PUBLISHED[kind])
+    assert family is not None
+    assert family.id == _family(kind)
+    assert _recognized(PUBLISHED[kind]) == (_family(kind), ("encode", "decode"))
 
 
 @pytest.mark.parametrize("kind", list(PUBLISHED))
-def test_incomplete_files_are_recognized(kind: str) -> None:
-    for half in ("encoder", "decoder"):
+def test_half_a_file_is_recognized_with_the_half_that_it_has(kind: str) -> None:
+    halves = {"encoder": "encode", "decoder": "decode"}
+    for half, direction in halves.items():
         part = {name: shape for name, shape in PUBLISHED[kind].items() if name.startswith(half)}
-        # a family whose tell-tale lies in the half that is there is found, and the loader lists what is missing
-        if family_of(part) is None:
-            assert f"incomplete file, only the {half} of one of our VAEs" in describe_foreign(part)
-    without = {name: s for name, s in PUBLISHED[kind].items() if not name.endswith((CV, IV, "PAC_0.conv.weight"))}
+        assert _recognized(part) == (_family(kind), (direction,))
+
+
+@pytest.mark.parametrize("kind", list(PUBLISHED))
+def test_incomplete_files_are_named(kind: str) -> None:
+    told = ("conv_in.weight", "conv1.conv.weight", "encoder.conv1.conv_3d.weight")
+    without = {name: shape for name, shape in PUBLISHED[kind].items() if not name.endswith(told)}
+    assert _recognized(without) is None
     assert "an incomplete CV-VAE or IV-VAE file" in describe_foreign(without)
+    for half in ("encoder", "decoder"):
+        part = {name: shape for name, shape in without.items() if name.startswith(half)}
+        assert _recognized(part) is None
+        assert f"incomplete file, only the {half} of one of our VAEs" in describe_foreign(part)
 
 
 def _flat(kind: str) -> Shapes:
@@ -392,8 +415,7 @@ WAN_DIFFUSERS = {
     "decoder.up_blocks.0.resnets.0.conv2.weight": (384, 384, 3, 3, 3),
 }
 FOREIGNERS: list[tuple[str, Shapes]] = [
-    ("a 2-D Stable Diffusion VAE", _flat("cv-vae")),
-    ("a 2-D SD3 or Flux VAE (16 channels", _flat("cv-vae-sd3")),
+    ("a 2-D SD3 or Flux VAE (16 channels", {"encoder.conv_in.weight": (128, 3, 3, 3), CV: (512, 16, 3, 3)}),
     ("a 2-D Stable Diffusion VAE", {"encoder.conv_in.weight": (128, 3, 3, 3), CV: (512, 4, 3, 3)}),
     ("a 2-D Flux.2 VAE (32 channels", {"bn.running_mean": (128,), CV: (512, 32, 3, 3)}),
     ("a Wan 2.1 VAE", WAN),
@@ -415,11 +437,7 @@ FOREIGNERS: list[tuple[str, Shapes]] = [
     ("a Cosmos tokenizer", {"decoder.unpatcher3d.wavelets": (2,)}),
     (
         "the SVD VAE with its temporal decoder",
-        {
-            **_flat("cv-vae"),
-            "decoder.mid.block_1.mix_factor": (1,),
-            "decoder.conv_out.time_mix_conv.weight": K,
-        },
+        {"encoder.conv_in.weight": (128, 3, 3, 3), "decoder.mid.block_1.mix_factor": (1,)},
     ),
     (
         "the SVD VAE with its temporal decoder",
@@ -454,12 +472,22 @@ FOREIGNERS: list[tuple[str, Shapes]] = [
 
 @pytest.mark.parametrize(("said", "shapes"), FOREIGNERS, ids=[f"{i}-{said}" for i, (said, _) in enumerate(FOREIGNERS)])
 def test_foreign_weights_are_named_with_what_would_be_right(said: str, shapes: Shapes) -> None:
-    assert family_of(shapes) is None
+    assert _recognized(shapes) is None
     text = describe_foreign(shapes)
     assert said in text
     sentences = text.rstrip(".").split(". ")
     assert len(sentences) == 2
     assert sentences[1].startswith(("Give", "Its latents", "IV-VAE has names", "No CV-VAE was made"))
+
+
+@pytest.mark.parametrize("kind", ["cv-vae", "cv-vae-sd3"])
+def test_the_image_vae_that_a_cv_vae_was_made_from_is_one_of_ours(kind: str) -> None:
+    assert _recognized(_flat(kind)) == ("image-vae", ("encode", "decode"))
+
+
+def test_of_the_vae_of_svd_the_encoder_is_one_of_ours() -> None:
+    temporal = {"decoder.mid.block_1.mix_factor": (1,), "decoder.conv_out.time_mix_conv.weight": K}
+    assert _recognized({**_flat("cv-vae"), **temporal}) == ("image-vae", ("encode",))
 
 
 def test_names_in_a_sentence_stay_on_one_line() -> None:

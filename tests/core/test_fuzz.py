@@ -26,6 +26,7 @@ from torch import Tensor
 
 import vae_core
 from vae_core.errors import CheckpointError, LatentFileError
+from vae_core.families import FAMILIES
 from vae_core.media.latents import LatentMeta, open_latent, save_latent
 from vae_core.weights.files import read_weights, strip_foreign
 
@@ -381,7 +382,7 @@ class _States(dict[str, dict[str, Tensor]]):
 @pytest.fixture(scope="module")
 def states(small_state: Callable[..., dict[str, Tensor]]) -> _States:
     """A small state dict of each family, made once."""
-    return _States({family: small_state(family) for family in ("cv-vae", "cv-vae-sd3", "iv-vae")})
+    return _States({family: small_state(family) for family in FAMILIES})
 
 
 def _load_or_refuse(source: Path | dict[str, Tensor]) -> None:
@@ -475,7 +476,7 @@ def test_hundreds_of_damaged_zip_files_do_not_crash_the_interpreter(tmp_path: Pa
             (tmp_path / f"{len(seed)}_{i}_{name}").write_bytes(content)
     code = (
         "import sys, pathlib\n"
-        "from vae_core.files import read_weights\n"
+        "from vae_core.weights.files import read_weights\n"
         "from vae_core.errors import CheckpointError\n"
         "for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n"
         "    try:\n"

@@ -8,23 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from vae_core import TilePlan, output
-from vae_core.cv_vae import CVVAEConfig
-from vae_core.door.vae import VideoVAE
-from vae_core.iv_vae import IVVAEConfig
-from vae_core.keys import Config, build
+from vae_core import TilePlan, VideoVAE
+from vae_core.plan.planner import MARGIN, measured_margin
+from vae_core.run import output
 from vae_core.run.output import collect, host_frames, make_frames
-from vae_core.planner import MARGIN, measured_margin
+
+from ..conftest import network_of
+from .full_size import FULL
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False")
 
 Make = Callable[..., VideoVAE]
 CUDA = torch.device("cuda", 0)
-FULL: dict[str, Config] = {
-    "cv-vae": CVVAEConfig(widths=(128, 256, 512, 512), blocks_per_level=2, latent_channels=4, sd3=False),
-    "cv-vae-sd3": CVVAEConfig(widths=(128, 256, 512, 512), blocks_per_level=2, latent_channels=16, sd3=True),
-    "iv-vae": IVVAEConfig(dim=64, latent_channels=16, scale_factor=1.0, shift_factor=0.0),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +33,7 @@ def full_vae(family: str) -> Iterator[VideoVAE]:
     """A model of the published widths with weights at random, in bfloat16 on the GPU."""
     torch.manual_seed(0)
     with CUDA:
-        model = build(FULL[family]).to(torch.bfloat16).requires_grad_(False).eval()
+        model = network_of(FULL[family]).to(torch.bfloat16).requires_grad_(False).eval()
     yield VideoVAE(model)
     del model
     torch.cuda.empty_cache()
@@ -54,13 +49,13 @@ def latent_of(vae: VideoVAE, frames: int, side: int) -> torch.Tensor:
 
 
 def peak_of(vae: VideoVAE, latent: torch.Tensor, plan: Any = None) -> int:
-    """Most bytes in use on the GPU while a latent in RAM is decoded piece by piece, beyond those from before."""
+    """Most bytes in use on the GPU while a latent in RAM is decoded chunk by chunk, beyond those from before."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(CUDA)
     before = torch.cuda.memory_allocated(CUDA)
-    for piece in vae.decode_stream(latent, plan=plan):
-        assert piece.device.type == "cpu"
-        del piece
+    for chunk in vae.decode_stream(latent, plan=plan):
+        assert chunk.device.type == "cpu"
+        del chunk
     torch.cuda.synchronize(CUDA)
     return torch.cuda.max_memory_allocated(CUDA) - before
 
@@ -128,7 +123,7 @@ def test_the_planner_keeps_its_promise(full_vae: VideoVAE, plan: Any) -> None:
 
 
 def test_the_margin_of_this_gpu_is_measured(full_vae: VideoVAE) -> None:
-    """What the nodes learn after the first pieces: a figure above 1 that the run itself stays below."""
+    """What the nodes learn after the first chunks: a figure above 1 that the run itself stays below."""
     latent = latent_of(full_vae, 6, 40).to(torch.bfloat16)
     predicted = int(full_vae.describe_plan(None, latent.shape, "decode").device_bytes / MARGIN)
     in_use = peak_of(full_vae, latent)
@@ -141,8 +136,8 @@ def test_the_margin_of_this_gpu_is_measured(full_vae: VideoVAE) -> None:
 
 
 def frames_of(vae: VideoVAE, latent: torch.Tensor, dtype: torch.dtype, **choice: Any) -> list[torch.Tensor]:
-    """The pieces on the GPU, made into pixels on the CPU."""
-    return [make_frames(piece.cpu(), dtype).pixels for piece in vae.decode_stream(latent.to(CUDA), **choice)]
+    """The chunks on the GPU, made into pixels on the CPU."""
+    return [make_frames(chunk.cpu(), dtype).pixels for chunk in vae.decode_stream(latent.to(CUDA), **choice)]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16], ids=["uint8", "fp32", "fp16"])
@@ -153,28 +148,28 @@ def test_frames_arrive_whole_and_in_order(family: str, small_vae: Make, dtype: t
     latent = latent_of(vae, 14, 8)
     expected = frames_of(vae, latent, dtype, frames=50, plan=plan)
     kept = list(vae.decode_frames(latent, dtype=dtype, frames=50, plan=plan, check=True))
-    assert not any(piece.is_pinned() or piece.is_cuda for piece in kept)
-    lent = [piece.clone() for piece in vae.decode_frames(latent, dtype=dtype, frames=50, plan=plan, lent=True)]
+    assert not any(chunk.is_pinned() or chunk.is_cuda for chunk in kept)
+    lent = [chunk.clone() for chunk in vae.decode_frames(latent, dtype=dtype, frames=50, plan=plan, lent=True)]
     for got in (kept, lent):
-        assert [piece.shape for piece in got] == [piece.shape for piece in expected]
-        for piece, wanted in zip(got, expected, strict=True):
-            assert (piece.float() - wanted.float()).abs().max() <= (1 if dtype == torch.uint8 else 2e-3)
+        assert [chunk.shape for chunk in got] == [chunk.shape for chunk in expected]
+        for chunk, wanted in zip(got, expected, strict=True):
+            assert (chunk.float() - wanted.float()).abs().max() <= (1 if dtype == torch.uint8 else 2e-3)
 
 
 def test_a_late_copy_brings_what_was_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU is kept busy, so that copies are asked for long before there is anything to copy."""
     busy = torch.randn(4096, 4096, device=CUDA)
 
-    def pieces() -> Iterator[torch.Tensor]:
+    def chunks() -> Iterator[torch.Tensor]:
         for n in range(9):
             for _ in range(20):
                 busy.matmul(busy)
             yield torch.full((1, 3, 4, 256, 256), n / 100, device=CUDA)
 
     def check() -> None:
-        for n, piece in enumerate(host_frames(pieces(), CUDA, torch.float32, lent=True, check=True)):
+        for n, chunk in enumerate(host_frames(chunks(), CUDA, torch.float32, lent=True, check=True)):
             wanted = make_frames(torch.full((1, 3, 1, 1, 1), n / 100), torch.float32).pixels
-            torch.testing.assert_close(piece, wanted.expand_as(piece))
+            torch.testing.assert_close(chunk, wanted.expand_as(chunk))
 
     check()
     monkeypatch.setattr(output, "MOST_PINNED", 0)
@@ -186,32 +181,32 @@ def test_a_gpu_too_full_for_pixels_has_them_made_in_ram(small_vae: Make, monkeyp
     latent = latent_of(vae, 6, 4)
     expected, failed, original = frames_of(vae, latent, torch.uint8), 0, output.make_frames
 
-    def full(piece: torch.Tensor, dtype: torch.dtype, *, check: bool = False) -> output.Frames:
+    def full(chunk: torch.Tensor, dtype: torch.dtype, *, check: bool = False) -> output.Frames:
         nonlocal failed
-        if piece.is_cuda and failed < 2:
+        if chunk.is_cuda and failed < 2:
             failed += 1
             raise torch.OutOfMemoryError("injected")
-        return original(piece, dtype, check=check)
+        return original(chunk, dtype, check=check)
 
     monkeypatch.setattr(output, "make_frames", full)
     got = list(vae.decode_frames(latent, dtype=torch.uint8, check=True))
     assert failed == 2
-    for piece, wanted in zip(got, expected, strict=True):
-        assert (piece.float() - wanted.float()).abs().max() <= 1
+    for chunk, wanted in zip(got, expected, strict=True):
+        assert (chunk.float() - wanted.float()).abs().max() <= 1
 
 
 def test_not_finite_is_seen_on_the_gpu() -> None:
-    pieces = [torch.zeros(1, 3, 2, 8, 8, device=CUDA) for _ in range(4)]
-    pieces[2][0, 1, 1, 3, 3] = torch.nan
+    chunks = [torch.zeros(1, 3, 2, 8, 8, device=CUDA) for _ in range(4)]
+    chunks[2][0, 1, 1, 3, 3] = torch.nan
     got: list[torch.Tensor] = []
-    with pytest.raises(output.NotFiniteError, match="Piece 2 of"):
-        got.extend(host_frames(iter(pieces), CUDA, torch.uint8, check=True))
+    with pytest.raises(output.NotFiniteError, match="Chunk 2 of"):
+        got.extend(host_frames(iter(chunks), CUDA, torch.uint8, check=True))
     assert len(got) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=["uint8", "fp32"])
 def test_frames_on_their_way_take_no_more_with_length(family: str, small_vae: Make, dtype: torch.dtype) -> None:
-    """Memory of the GPU: no more with length, and a piece of pixels beyond what decoding takes."""
+    """Memory of the GPU: no more with length, and a chunk of pixels beyond what decoding takes."""
     vae = small_vae(family, torch.float32).to(CUDA)
 
     def peak(latents: int) -> int:

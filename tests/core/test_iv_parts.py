@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from vae_core import TilePlan, VideoVAE, load
-from vae_core.door.loading import official_state, save
-from vae_core.errors import CheckpointError
-from vae_core.iv_layers import PUBLISHED, CausalConv3d, IVParts, TemporalConv
-from vae_core.iv_vae import IVVAE, IVVAEConfig
-from vae_core.keys import infer_config
-from vae_core.memory import Memory, name_slots
+from vae_core import CheckpointError, TilePlan, VideoVAE, load, save
+from vae_core.door.loading import official_state
+from vae_core.families.iv_vae import IV_VAE, IVVAE, PUBLISHED, IVParts, IVVAEConfig, TemporalConv
+from vae_core.families.iv_vae.layers import CausalConv3d
+from vae_core.nn.clip import Clip
+from vae_core.nn.steps import Context, Memory, walk
 
 CONFIG = IVVAEConfig(dim=8, latent_channels=4, scale_factor=1.3, shift_factor=0.1)
 CONVS: tuple[TemporalConv, ...] = ("grouped-causal", "causal")
@@ -32,7 +31,7 @@ def name_of(parts: IVParts) -> str:
 @pytest.fixture(params=ALL, ids=name_of)
 def vae(request: pytest.FixtureRequest) -> VideoVAE:
     torch.manual_seed(0)
-    model = IVVAE(replace(CONFIG, parts=request.param)).double()
+    model = IV_VAE.network(replace(CONFIG, parts=request.param)).double()
     return VideoVAE(model.eval().requires_grad_(False))
 
 
@@ -53,7 +52,7 @@ def test_the_parts_follow_from_the_weights(vae: VideoVAE, tmp_path: Path) -> Non
 
 def test_no_two_choices_have_the_same_names_and_shapes() -> None:
     with torch.device("meta"):
-        states = [official_state(IVVAE(replace(CONFIG, parts=parts))) for parts in ALL]
+        states = [official_state(IV_VAE.network(replace(CONFIG, parts=parts))) for parts in ALL]
     assert len({frozenset((name, tensor.shape) for name, tensor in state.items()) for state in states}) == len(ALL)
 
 
@@ -81,58 +80,64 @@ def test_every_weight_is_trained(vae: VideoVAE, video: torch.Tensor) -> None:
     assert unused == []
 
 
-def test_a_causal_convolution_sees_no_later_frame_and_is_the_same_in_any_groups() -> None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_causal_convolution_sees_no_later_frame_and_is_the_same_in_any_groups(plain: bool) -> None:
     torch.manual_seed(0)
     conv = CausalConv3d(3, 2).double()
-    name_slots(conv)
     x = torch.randn(1, 3, 9, 6, 5, dtype=torch.float64)
+
+    def fresh() -> Context:
+        return Context(memory=Memory(), plain=plain)
+
     with torch.no_grad():
-        whole = conv(x, Memory())
+        whole = conv.run(x, fresh())
         for sizes in ((1, 4, 4), (1, 2, 2, 2, 2), (1,) * 9):
-            memory = Memory()
-            parts = [conv(part, memory) for part in x.split(list(sizes), dim=2)]
-            assert (torch.cat(parts, dim=2) - whole).abs().max() < 1e-12
+            at = fresh()
+            runs = [conv.run(frames, at) for frames in x.split(list(sizes), dim=2)]
+            assert (torch.cat(runs, dim=2) - whole).abs().max() < 1e-12
         x[:, :, 4:] = 0
-        assert torch.equal(conv(x, Memory())[:, :, :4], whole[:, :, :4])
-    repeated = torch.cat((x[:, :, :1], x[:, :, :1], x), dim=2)
-    expected = torch.nn.functional.conv3d(repeated, conv.causal.weight, conv.causal.bias, padding=(0, 1, 1))
-    assert (conv(x, Memory()) - expected).abs().max() < 1e-12
+        assert torch.equal(conv.run(x, fresh())[:, :, :4], whole[:, :, :4])
+        repeated = torch.cat((x[:, :, :1], x[:, :, :1], x), dim=2)
+        expected = torch.nn.functional.conv3d(repeated, conv.causal.weight, conv.causal.bias, padding=(0, 1, 1))
+        assert (conv.run(x, fresh()) - expected).abs().max() < 1e-12
 
 
-def test_the_frames_of_a_group_see_each_other_only_where_it_is_grouped_causal(video: torch.Tensor) -> None:
-    """Through the finest level alone: the second frame of a group of four, and what the fourth changes in it."""
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_frames_of_a_group_see_each_other_only_where_it_is_grouped_causal(video: torch.Tensor, plain: bool) -> None:
+    """Through the first layer alone: the second frame of a group of four, and what the fourth changes in it."""
     torch.manual_seed(0)
     changed = video.clone()
     changed[:, :, 4] = 0  # the last frame of the first group of four
     for parts in ALL:
-        encoder = IVVAE(replace(CONFIG, parts=parts)).double().requires_grad_(False).encoder
+        model = IV_VAE.network(replace(CONFIG, parts=parts)).double().requires_grad_(False)
+        steps = model.steps("encode")[:3]
         outputs = []
         for clip in (video, changed):
             memory = Memory()
-            encoder.fine_layer(0, clip[:, :, :1], memory)
-            outputs.append(encoder.fine_layer(0, clip[:, :, 1:5], memory))
+            for n, group in enumerate((clip[:, :, :1], clip[:, :, 1:5])):
+                y = walk(steps, Clip([group.clone()]), Context(memory=memory, first=n == 0, plain=plain))
+            outputs.append(y.tensor())
         differs = [not torch.equal(outputs[0][:, :, t], outputs[1][:, :, t]) for t in range(4)]
-        assert differs == [False, False, parts.temporal_conv == "grouped-causal", True]
+        grouped = parts.temporal_conv == "grouped-causal"
+        assert differs == [grouped, grouped, grouped, True]
 
 
 def test_the_default_is_the_published_network() -> None:
     assert CONFIG.parts == PUBLISHED
     assert IVParts() == PUBLISHED
     with torch.device("meta"):
-        names = official_state(IVVAE(CONFIG)).keys()
+        names = official_state(IV_VAE.network(CONFIG)).keys()
     assert {"encoder.conv1.conv_2d.weight", "encoder.head.2.PAC_0.conv.weight"} <= names
     assert len(names) == 362
 
 
 def test_published_scaling_is_for_the_published_network_alone() -> None:
     with torch.device("meta"):
-        states = [official_state(IVVAE(replace(CONFIG, dim=64, latent_channels=16, parts=parts))) for parts in ALL[:2]]
-    configs = [
-        infer_config(
-            {name: tuple(t.shape) for name, t in state.items()}, "iv-vae", scale_factor=None, shift_factor=None
-        )
-        for state in states
-    ]
+        states = [
+            official_state(IV_VAE.network(replace(CONFIG, dim=64, latent_channels=16, parts=parts)))
+            for parts in ALL[:2]
+        ]
+    configs = [IV_VAE.configure({name: tuple(t.shape) for name, t in state.items()}, {}) for state in states]
     assert [(config.scale_factor, config.shift_factor) for config in configs if isinstance(config, IVVAEConfig)] == [
         (0.9697, -0.1553),
         (1.0, 0.0),

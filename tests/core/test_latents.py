@@ -40,10 +40,14 @@ def test_a_latent_comes_back_with_what_was_said_of_it(dtype: torch.dtype, tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("family", "channels"), [("cv-vae", 4), ("cv-vae-sd3", 16), ("iv-vae", 8), ("iv-vae", 4)])
+FAMILIES = [("cv-vae", 4), ("cv-vae-sd3", 16), ("iv-vae", 8), ("iv-vae", 4), ("image-vae", 4), ("image-vae", 16)]
+
+
+@pytest.mark.parametrize(("family", "channels"), FAMILIES)
 def test_every_family_is_kept_with_whether_its_latents_are_scaled(family: Any, channels: int, tmp_path: Path) -> None:
     meta = replace(META, family=family, audio=None, start=0)
-    save_latent(tmp_path / "a.safetensors", torch.zeros(1, channels, 5, 4, 6), meta)
+    latents = meta.compression.latent_frames(meta.frames)
+    save_latent(tmp_path / "a.safetensors", torch.zeros(1, channels, latents, 4, 6), meta)
     assert open_latent(tmp_path / "a.safetensors").meta == meta
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata()["scaled"] == ("true" if family == "iv-vae" else "false")
@@ -240,7 +244,7 @@ def test_pieces_that_do_not_belong_together_are_refused(piece: Tensor, said: str
         (
             torch.zeros(1, 4, 5, 4, 6),
             {"family": "wan"},
-            "family 'wan' is not known: give one of cv-vae, cv-vae-sd3, iv-vae",
+            "family 'wan' is not known: give one of cv-vae, cv-vae-sd3, iv-vae, image-vae",
         ),
         (
             torch.zeros(1, 4, 5, 4, 6),
@@ -302,7 +306,7 @@ def _refused(path: Path) -> str:
     return str(caught.value)
 
 
-def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
+def test_other_files_are_named_for_what_they_are(tmp_path: Path, small_state: Any) -> None:
     path = tmp_path / "a.safetensors"
     assert "does not exist" in _refused(path)
     assert "is a folder" in _refused(tmp_path)
@@ -314,13 +318,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
     assert "is a latent saved by ComfyUI's SaveLatent, of shape (1, 4, 8, 8)" in _refused(path)
     save_file({"decoder.conv_in.weight": torch.ones(8, 4, 3, 3)}, path)
     assert "is not a latent file. It seems to be a 2-D Stable Diffusion VAE" in _refused(path)
-    save_file(
-        {
-            "encoder.conv1.conv_2d.weight": torch.ones(1, 3, 3, 3),
-            "encoder.head.2.PAC_0.conv.weight": torch.ones(1, 1, 1, 1),
-        },
-        path,
-    )
+    save_file(small_state("iv-vae"), path)
     assert "holds the weights of a VAE (iv-vae), not a latent" in _refused(path)
     save_file({"latent_tbchw": torch.ones(5, 1, 4, 4, 6)}, path)
     assert "is not a latent file: its format is missing" in _refused(path)
@@ -352,7 +350,7 @@ def _rewritten(path: Path, shape: list[int] | None = None, dtype: str | None = N
         ),
         ({"format": "other"}, "its format is 'other'"),
         ({"layout": "b c t h w"}, "has its axes in the order 'b c t h w'"),
-        ({"family": "wan"}, "is of the family 'wan'; known are cv-vae, cv-vae-sd3, iv-vae"),
+        ({"family": "wan"}, "is of the family 'wan'; known are cv-vae, cv-vae-sd3, iv-vae, image-vae"),
         ({"family": None}, "is of the family missing"),
         ({"scaled": "true"}, "says scaled = 'true', which latents of cv-vae never are"),
         ({"frames": "many"}, "frames is 'many', not a whole number"),

@@ -15,9 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae_core
 from vae_core import TilePlan
-from vae_core.cv_tiles import CVPass
-from vae_core.iv_tiles import IVPass
-from vae_core.iv_vae import Decoder, Encoder
+from vae_core.run.executor import Pass
 from vae_core.run.stream import is_out_of_memory
 
 Make = Callable[..., vae_core.VideoVAE]
@@ -67,12 +65,12 @@ def down_the_rungs(rungs: list[TilePlan]) -> Callable[[Exception, Any], Any]:
 
 
 def clip(vae: vae_core.VideoVAE, decoding: bool) -> Tensor:
-    """Two chunks or three groups."""
+    """Two chunks, three groups, or two frames."""
     torch.manual_seed(0)
-    latents = 3 if vae.family == "iv-vae" else 6
+    latents = {"iv-vae": 3, "image-vae": 2}.get(vae.family, 6)
     if decoding:
         return torch.randn(1, vae.info.latent_channels, latents, 2, 3, dtype=torch.float64)
-    return torch.rand(1, 3, 4 * latents - 3, 16, 24, dtype=torch.float64) * 2 - 1
+    return torch.rand(1, 3, vae.info.compression.pixel_frames(latents), 16, 24, dtype=torch.float64) * 2 - 1
 
 
 def run(vae: vae_core.VideoVAE, x: Tensor, decoding: bool, **kwargs: Any) -> Tensor:
@@ -125,24 +123,16 @@ def test_the_same_plan_may_go_on(family: str, small_vae: Make, decoding: bool) -
     assert torch.equal(got, expected)
 
 
-PARTS = (
-    (CVPass, "begin"),
-    (IVPass, "begin"),
-    (Encoder, "fine_layer"),
-    (Decoder, "fine_layer"),
-    (IVPass, "_encode_coarse"),
-)
-
-
 def undisturbed(
     vae: vae_core.VideoVAE, x: Tensor, decoding: bool, plan: TilePlan | None
 ) -> tuple[list[tuple[float, float]], list[int]]:
-    """The convolutions of a run, and how many were done when each part began.
+    """The convolutions of a run, and how many were done when each began of what one error takes back.
 
-    A part is what one error takes back: of CV-VAE a chunk; of IV-VAE one layer of one tile, or the layers of one group
-    that see whole frames.
+    That is a chunk where chunks do not depend on each other; else a run of steps of one tile that begins and ends
+    outside of any skip, or the steps of one group that see whole frames.
     """
     begun: list[int] = []
+    names = ("_steps", "_whole") if vae.family == "iv-vae" else ("run",)
 
     def watched(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
@@ -152,39 +142,34 @@ def undisturbed(
         return call
 
     with pytest.MonkeyPatch.context() as patch, Faults() as faults:
-        for owner, name in PARTS:
-            patch.setattr(owner, name, watched(getattr(owner, name)))
+        for name in names:
+            patch.setattr(Pass, name, watched(getattr(Pass, name)))
         run(vae, x, decoding, plan=plan)
     return faults.log, begun
 
 
 @pytest.mark.parametrize(
-    ("plan", "then", "tiles"),
-    [(None, TilePlan(tile=50), 1), (TilePlan(tile=2), TilePlan(tile=2), 2), (RUNGS[1], RUNGS[1], 4)],
+    ("plan", "then"),
+    [(None, TilePlan(tile=50)), (TilePlan(tile=2), TilePlan(tile=2)), (RUNGS[1], RUNGS[1])],
     ids=["whole", "tiles", "offloaded"],
 )
-def test_only_the_part_that_failed_runs_again(
-    family: str, small_vae: Make, decoding: bool, plan: TilePlan | None, then: TilePlan, tiles: int
+def test_only_what_failed_runs_again(
+    family: str, small_vae: Make, decoding: bool, plan: TilePlan | None, then: TilePlan
 ) -> None:
-    """Convolution by convolution: as undisturbed up to the error, and then the part again by the other plan."""
+    """Convolution by convolution: as undisturbed up to the error, and then what it took back, by the other plan."""
     vae = small_vae(family)
     x = clip(vae, decoding)
     before, begun = undisturbed(vae, x, decoding, plan)
     after, begun_after = undisturbed(vae, x, decoding, then)
-    if family == "iv-vae":  # of each group: what sees whole frames, and every layer of every tile
-        layers = len((vae.model.decoder if decoding else vae.model.encoder).fine_layers)
-        assert len(begun) == 3 * (1 + tiles * layers + (not decoding))
-    else:
-        assert len(begun) == 2
-    assert len(begun) == len(begun_after)
+    assert len(begun) == len(begun_after) > 1
     for n in (len(before) // 3, len(before) // 2, len(before) - 3):
         with Faults({n}) as faults:
             run(vae, x, decoding, plan=plan, recover=lambda error, plan: then)
-        part = bisect_right(begun, n) - 1
-        assert faults.log == before[: n + 1] + after[begun_after[part] :]
+        last = bisect_right(begun, n) - 1
+        assert faults.log == before[: n + 1] + after[begun_after[last] :]
 
 
-def test_finished_pieces_are_out_before_an_error_is_raised(family: str, small_vae: Make) -> None:
+def test_finished_chunks_are_out_before_an_error_is_raised(family: str, small_vae: Make) -> None:
     vae = small_vae(family)
     latent = clip(vae, True)
     with Faults() as plain:
@@ -199,8 +184,9 @@ def test_finished_pieces_are_out_before_an_error_is_raised(family: str, small_va
         done.extend(vae.decode_stream(latent, recover=give_up))
     assert asked == [None]
     frames = torch.cat(done, dim=2)
-    assert frames.shape[2] == expected.shape[2] - 4
-    assert torch.equal(frames, expected[:, :, :-4])
+    last = vae.info.compression.time
+    assert frames.shape[2] == expected.shape[2] - last
+    assert torch.equal(frames, expected[:, :, :-last])
 
 
 def test_what_failed_is_freed_before_recover_is_called(family: str, small_vae: Make, decoding: bool) -> None:
@@ -236,7 +222,7 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def test_the_official_tiling_is_refused_for_iv_vae_on_the_way_too(small_vae: Make) -> None:
+def test_the_official_tiling_is_refused_on_the_way_too(small_vae: Make) -> None:
     vae = small_vae("iv-vae")
     with Faults({5}), pytest.raises(ValueError, match="whose official code does not tile"):
         vae.decode(clip(vae, True), recover=lambda error, plan: vae_core.ReferencePlan(64, 0.25))

@@ -1,7 +1,8 @@
-"""The memory model against the models themselves, and the choice of plans."""
+"""The model of memory against real runs of the networks, and the choice of plans."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
@@ -9,25 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import vae_core
-from vae_core import Plan, ReferencePlan, TilePlan, cv_tiles, fused_norm, iv_layers
-from vae_core.cv_vae import CVVAEConfig
-from vae_core.door.vae import VideoVAE
-from vae_core.iv_vae import IVVAEConfig
-from vae_core.keys import build
-from vae_core.planner import LEAST_MEASURED, MARGIN, SLACK, budget_for, measured_margin, with_margin
-from vae_core.prediction import Task, count, meta_model, predict
-from vae_core.profiler import MemoryProfile
+from vae_core import Plan, ReferencePlan, TilePlan, VideoVAE
+from vae_core.families import DIRECTIONS, FAMILIES
+from vae_core.nn import norm
+from vae_core.nn.operators import attention
+from vae_core.plan.footprint import footprint, meta_network
+from vae_core.plan.planner import LEAST_MEASURED, MARGIN, SLACK, budget_for, measured_margin, with_margin
+from vae_core.plan.prediction import predict
+from vae_core.plan.profile import Profile
+from vae_core.run import executor
 
+from ..conftest import network_of
+from .full_size import FULL, full_size
 from .meta_profile import MetaProfile
 
-FULL = {
-    "cv-vae": CVVAEConfig(widths=(128, 256, 512, 512), blocks_per_level=2, latent_channels=4, sd3=False),
-    "cv-vae-sd3": CVVAEConfig(widths=(128, 256, 512, 512), blocks_per_level=2, latent_channels=16, sd3=True),
-    "iv-vae": IVVAEConfig(dim=64, latent_channels=16, scale_factor=1.0, shift_factor=0.0),
-}
 GIB = 2**30
 SHAPE = (25, 90, 160)  # 97 frames of 720x1280
 
@@ -35,18 +32,24 @@ SHAPE = (25, 90, 160)  # 97 frames of 720x1280
 @pytest.fixture
 def full_vae(family: str) -> VideoVAE:
     """A model of the published widths, without data; as if on a GPU."""
-    return VideoVAE(meta_model(FULL[family], torch.bfloat16))
+    return full_size(FULL[family])
 
 
 def latent_shape(vae: VideoVAE, frames: int = 25, height: int = 90, width: int = 160) -> tuple[int, ...]:
     return (1, vae.info.latent_channels, frames, height, width)
 
 
+def forget() -> None:
+    """What was found out before."""
+    for found in (predict, footprint, meta_network):
+        found.cache_clear()
+
+
 # ---------------------------------------------------------------------------------------------------- profiler
 
 
 def test_the_profiler_counts_what_lives_at_one_time() -> None:
-    with MemoryProfile() as profile:
+    with Profile() as profile:
         a = torch.empty(1000, device="meta")
         b = a + 1  # 8000
         del a
@@ -61,7 +64,7 @@ def test_the_profiler_counts_what_lives_at_one_time() -> None:
 
 
 def test_the_profiler_counts_ram_apart() -> None:
-    with MemoryProfile() as profile:
+    with Profile() as profile:
         x = torch.empty(100, device="meta")
         with profile.on_host():
             kept = torch.empty(5000, device="meta")
@@ -74,23 +77,22 @@ def test_the_profiler_counts_ram_apart() -> None:
 
 def test_attention_is_counted_without_a_table_of_scores() -> None:
     q = torch.empty(1, 1, 4096, 64, device="meta")
-    with MemoryProfile() as profile:
-        F.scaled_dot_product_attention(q, q, q)
+    with Profile() as profile:
+        attention(q[0], q[0], q[0], plain=False)
     assert profile.device.peak == 4 * q.numel()
+    assert profile.flops == 4 * 4096 * 4096 * 64
 
 
 @pytest.mark.parametrize(
     "mode", [nullcontext, torch.inference_mode, torch.no_grad], ids=["plain", "inference", "no_grad"]
 )
 def test_a_prediction_does_not_depend_on_the_mode_of_the_caller(family: str, mode: Callable[[], Any]) -> None:
-    predict.cache_clear()
-    meta_model.cache_clear()
+    forget()
     with mode():
-        vae = VideoVAE(meta_model(FULL[family], torch.bfloat16))
+        vae = full_size(FULL[family])
         got = vae.decode_bytes(30, 20), vae.encode_bytes(240, 160, plan=TilePlan(tile=8))
-    predict.cache_clear()
-    meta_model.cache_clear()
-    vae = VideoVAE(meta_model(FULL[family], torch.bfloat16))
+    forget()
+    vae = full_size(FULL[family])
     assert got == (vae.decode_bytes(30, 20), vae.encode_bytes(240, 160, plan=TilePlan(tile=8)))
 
 
@@ -98,65 +100,51 @@ def test_a_prediction_does_not_depend_on_the_mode_of_the_caller(family: str, mod
 
 
 def counted(vae: VideoVAE, shape: tuple[int, ...], decoding: bool, plan: Any) -> int:
-    """Peak of a real stream on the meta device, counted by the other profiler, all tiles and pieces run."""
+    """Peak of a real stream on the meta device, counted by the other profiler, all tiles and chunks run."""
     x = torch.empty(shape, dtype=vae.dtype, device="meta")
-    with MetaProfile() as profile:
+    with MetaProfile([x, *vae.model.parameters()]) as profile:
         stream = vae.decode_stream(x, plan=plan) if decoding else vae.encode_stream([x], plan=plan)
-        for piece in stream:
-            del piece
-    return profile.peak_bytes - x.numel() * x.element_size()  # the whole input, which lies in RAM otherwise
+        for chunk in stream:
+            del chunk
+    return profile.peak_bytes
 
 
-@pytest.mark.parametrize("plan", [None, TilePlan(tile=16), TilePlan(tile=(10, 8))], ids=["whole", "16", "10x8"])
+@pytest.mark.parametrize("plan", [None, TilePlan(tile=28), TilePlan(tile=(16, 30))], ids=["whole", "28", "16x30"])
 @pytest.mark.parametrize("decoding", [True, False], ids=["decode", "encode"])
 def test_the_prediction_is_what_a_run_needs(full_vae: VideoVAE, plan: Any, decoding: bool) -> None:
-    """The model of memory runs one tile; a stream runs them all, over several pieces."""
-    shape = latent_shape(full_vae, 6, 20, 24) if decoding else (1, 3, 21, 160, 192)
+    """Arithmetic against a stream that runs all tiles, over several chunks."""
+    shape = latent_shape(full_vae, 6, 48, 56) if decoding else (1, 3, 21, 384, 448)
     described = full_vae.describe_plan(plan, shape, "decode" if decoding else "encode")
     predicted = described.device_bytes / MARGIN
-    counted(full_vae, latent_shape(full_vae, 2, 2, 2) if decoding else (1, 3, 5, 16, 16), decoding, None)  # kernels
     real = counted(full_vae, shape, decoding, plan)
-    assert real <= 1.001 * predicted
-    assert predicted <= 1.05 * real
+    assert real <= 1.01 * predicted
+    assert predicted <= 1.07 * real
 
 
 @pytest.mark.parametrize("plan", [None, TilePlan(tile=8)], ids=["whole", "8"])
 def test_the_promise_holds_for_real_tensors(
     family: str, small_vae: Callable[..., VideoVAE], plan: TilePlan | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With data, on the CPU, every tile of every piece of a stream: live tensors are within 10 % of the prediction."""
-    monkeypatch.setattr(fused_norm, "CPU_SLAB", 2**12)  # what norms hold in between is small against real frames only
+    """With data, on the CPU, every tile of every chunk of a stream: live tensors are within 10 % of the prediction."""
+    monkeypatch.setattr(norm, "CPU_SLAB", 2**12)  # what norms hold in between is small against real frames only
     vae = small_vae(family, torch.float32)
     channels, latents, size = vae.info.latent_channels, 6, (9, 10)
-    vae.decode(torch.zeros(1, channels, 2, 2, 2))  # prepares kernels
     predicted = vae.describe_plan(plan, (1, channels, latents, *size), "decode").device_bytes / MARGIN
-    pieces = (torch.zeros(1, channels, 1, *size) for _ in range(latents))
-    with MemoryProfile() as profile:
-        frames = sum(piece.shape[2] for piece in vae.decode_stream(pieces, plan=plan))
-    assert frames == 1 + 4 * (latents - 1)
+    clips = (torch.zeros(1, channels, 1, *size) for _ in range(latents))
+    with Profile() as profile:
+        frames = sum(chunk.shape[2] for chunk in vae.decode_stream(clips, plan=plan))
+    assert frames == vae.info.compression.pixel_frames(latents)
     assert profile.device.peak == pytest.approx(predicted, rel=0.1)
-
-
-@pytest.mark.parametrize("decoding", [True, False], ids=["decode", "encode"])
-def test_one_tile_tells_what_all_need_off_the_device_too(full_vae: VideoVAE, decoding: bool) -> None:
-    task = Task(
-        config=full_vae.model.config, dtype=torch.bfloat16, decoding=decoding, batch=1, latents=3, size=(20, 26)
-    )
-    plan = TilePlan(tile=8, offload=True)
-    need, every = predict(task.piece, plan), count(task, plan)
-    assert every.device == pytest.approx(need.device, rel=0.1)
-    assert every.host == pytest.approx(need.host, rel=0.1)
-    assert every.largest_convolution == need.largest_convolution
 
 
 def test_ram_is_counted_for_what_waits_there(full_vae: VideoVAE) -> None:
     shape = latent_shape(full_vae)
     kept = full_vae.describe_plan(TilePlan(tile=32), shape, "decode")
     moved = full_vae.describe_plan(TilePlan(tile=32, offload=True), shape, "decode")
-    result = 2 * 3 * 97 * 720 * 1280
+    result = 2 * 3 * full_vae.info.compression.pixel_frames(SHAPE[0]) * 720 * 1280
     assert kept.host_bytes == 0
     assert kept.result_bytes == moved.result_bytes == result
-    assert moved.host_bytes > GIB
+    assert moved.host_bytes > 0.6 * GIB
     assert moved.device_bytes < 0.8 * kept.device_bytes
     # what leaves the device is what RAM takes
     left = (kept.device_bytes - moved.device_bytes) / MARGIN
@@ -168,34 +156,43 @@ def test_bytes_follow_size_dtype_length_and_plan(full_vae: VideoVAE) -> None:
     # larger frames run in strips, which need less
     assert 1.1 * whole <= full_vae.decode_bytes(90, 80) <= 2.01 * whole
     assert 1.1 * whole <= full_vae.decode_bytes(45, 80, dtype=torch.float32) <= 2.01 * whole
-    assert full_vae.decode_bytes(45, 80, frames=1) < 0.6 * whole
+    alone = 0.6 if full_vae.info.time_compression > 1 else 1
+    assert full_vae.decode_bytes(45, 80, frames=1) <= alone * whole
     assert full_vae.decode_bytes(45, 80, frames=1001) == whole
-    assert full_vae.decode_bytes(45, 80, plan=TilePlan(tile=16)) < 0.9 * whole
+    assert full_vae.decode_bytes(45, 80, plan=TilePlan(tile=16)) < 0.92 * whole
     assert full_vae.decode_bytes(45, 80, plan=TilePlan(tile=16, offload=True)) < 0.6 * whole
     assert full_vae.encode_bytes(360, 640) < 1.1 * whole
     assert full_vae.encode_bytes(353, 640) == full_vae.encode_bytes(360, 640)
 
 
-@pytest.mark.parametrize(
-    ("above", "slack"),
-    [
-        (2**62, {"cv-vae": (0.025, 0.001), "cv-vae-sd3": (0.025, 0.001), "iv-vae": (0.01, 0.001)}),
-        (0, {"cv-vae": (0.035, 0.001), "cv-vae-sd3": (0.035, 0.001), "iv-vae": (0.07, 0.06)}),
-    ],
-    ids=["never in strips", "always in strips"],
-)
+@pytest.mark.parametrize("above", [2**62, 0], ids=["never in strips", "always in strips"])
 def test_bytes_are_in_proportion_where_layers_run_one_way(
-    full_vae: VideoVAE, above: int, slack: dict[str, tuple[float, float]], monkeypatch: pytest.MonkeyPatch
+    full_vae: VideoVAE, above: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice the rows, or twice the bytes of a number: twice the memory. A strip of IV-VAE does not grow with them."""
-    for module in (cv_tiles, iv_layers):
-        monkeypatch.setattr(module, "STRIPS_ABOVE", above)
+    """Twice the rows, or twice the bytes of a number: twice the memory."""
+    monkeypatch.setattr(executor, "STRIPS_ABOVE", above)
     predict.cache_clear()
     whole, taller = full_vae.decode_bytes(45, 80), full_vae.decode_bytes(90, 80)
     wider = full_vae.decode_bytes(45, 80, dtype=torch.float32)
     predict.cache_clear()
-    assert taller == pytest.approx(2 * whole, rel=slack[full_vae.family][0])
-    assert wider == pytest.approx(2 * whole, rel=slack[full_vae.family][1])
+    assert taller == pytest.approx(2 * whole, rel=0.04)
+    assert wider == pytest.approx(2 * whole, rel=0.04)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_plan_for_a_new_size_takes_half_a_second_at_most(full_vae: VideoVAE, direction: str) -> None:
+    """Processor time; the network is known, its size is not."""
+
+    def plan(height: int, width: int) -> float:
+        begun = time.process_time()
+        if direction == "decode":
+            full_vae.plan_decode(latent_shape(full_vae, 25, height, width), budget_bytes=2 * GIB)
+        else:
+            full_vae.plan_encode((1, 3, 97, 8 * height, 8 * width), budget_bytes=2 * GIB)
+        return time.process_time() - begun
+
+    plan(61, 107)
+    assert min(plan(90, 160), plan(91, 161), plan(135, 240)) <= 0.5
 
 
 # ---------------------------------------------------------------------------------------------------- planning
@@ -203,30 +200,33 @@ def test_bytes_are_in_proportion_where_layers_run_one_way(
 
 def test_plans_get_smaller_with_the_budget(full_vae: VideoVAE) -> None:
     shape = latent_shape(full_vae)
-    plans = [full_vae.plan_decode(shape, budget_bytes=int(gib * GIB)) for gib in (64, 16, 8, 4, 2, 1)]
+    whole = full_vae.decode_bytes(*shape[3:])
+    budgets = [64 * GIB, *(int(share * whole) for share in (1, 0.9, 0.7, 0.5, 0.3))]
+    plans = [full_vae.plan_decode(shape, budget_bytes=budget) for budget in budgets]
     assert all(plan.fits and plan.exact for plan in plans)
-    assert all(plan.device_bytes <= int(gib * GIB) for plan, gib in zip(plans, (64, 16, 8, 4, 2, 1), strict=True))
+    assert all(plan.device_bytes <= budget for plan, budget in zip(plans, budgets, strict=True))
     needs = [plan.device_bytes for plan in plans]
     assert needs == sorted(needs, reverse=True)
-    assert plans[-1].tile_count > 1
-    assert plans[-1].halo_overhead > 0
+    assert plans[1].tiles is None
+    assert all(plan.tile_count > 1 for plan in plans[2:])
 
 
 def test_a_measured_margin_takes_the_place_of_the_usual_one(full_vae: VideoVAE) -> None:
     """A plan made for a device that takes twice the live tensors keeps within the budget at that rate."""
     shape = latent_shape(full_vae)
+    budget = full_vae.decode_bytes(*shape[3:])
     margin = measured_margin(2 * GIB, GIB)
     assert margin == SLACK * 2
-    usual = full_vae.plan_decode(shape, budget_bytes=4 * GIB)
-    plan = with_margin(full_vae.plan_decode(shape, budget_bytes=budget_for(4 * GIB, margin)), margin)
+    usual = full_vae.plan_decode(shape, budget_bytes=budget)
+    plan = with_margin(full_vae.plan_decode(shape, budget_bytes=budget_for(budget, margin)), margin)
     assert plan.fits
-    assert plan.device_bytes <= 4 * GIB
+    assert plan.device_bytes <= budget
     assert plan.tiles != usual.tiles
     assert plan.device_bytes == pytest.approx(margin * predict_of(full_vae, shape, plan.tiles), rel=1e-6)
     assert with_margin(usual, MARGIN) == usual
 
 
-def test_a_margin_is_never_below_the_live_tensors_nor_from_small_pieces() -> None:
+def test_a_margin_is_never_below_the_live_tensors_nor_from_small_chunks() -> None:
     assert measured_margin(GIB // 2, GIB) == SLACK
     assert measured_margin(10 * LEAST_MEASURED, LEAST_MEASURED - 1) is None
     assert measured_margin(10 * LEAST_MEASURED, LEAST_MEASURED) == pytest.approx(10 * SLACK)
@@ -247,11 +247,12 @@ def test_a_budget_that_nothing_fits_is_said(full_vae: VideoVAE) -> None:
 
 def test_ram_may_be_limited_too(full_vae: VideoVAE) -> None:
     shape = latent_shape(full_vae)
-    free = full_vae.plan_decode(shape, budget_bytes=3 * GIB)
+    budget = full_vae.decode_bytes(*shape[3:]) // 4
+    free = full_vae.plan_decode(shape, budget_bytes=budget)
     assert isinstance(free.tiles, TilePlan)
     assert free.tiles.offload
     assert free.fits
-    limited = full_vae.plan_decode(shape, budget_bytes=3 * GIB, ram_bytes=free.host_bytes // 2)
+    limited = full_vae.plan_decode(shape, budget_bytes=budget, ram_bytes=free.host_bytes // 2)
     assert not limited.fits
     assert full_vae.plan_decode(shape, budget_bytes=64 * GIB, ram_bytes=GIB).fits
 
@@ -259,12 +260,12 @@ def test_ram_may_be_limited_too(full_vae: VideoVAE) -> None:
 def test_whole_frames_come_first(full_vae: VideoVAE) -> None:
     plan = full_vae.plan_decode(latent_shape(full_vae, 9, 32, 32))
     assert (plan.tiles, plan.tile_count, plan.exact, plan.fits, plan.halo_overhead) == (None, 1, True, True, 0.0)
-    assert plan.chunks == (9 if full_vae.family == "iv-vae" else 2)
+    assert plan.chunks == {"iv-vae": 9, "image-vae": 9}.get(full_vae.family, 2)
     assert str(plan).startswith("Whole frames; ")
 
 
 def test_convolutions_stay_below_two_to_the_31_elements() -> None:
-    vae = VideoVAE(meta_model(FULL["cv-vae"], torch.bfloat16))
+    vae = full_size(FULL["cv-vae"])
     plan = vae.plan_decode(latent_shape(vae, 5, 270, 480))  # whole: 128 channels x 17 x 2160 x 3840 elements
     assert isinstance(plan.tiles, TilePlan)
 
@@ -286,12 +287,12 @@ def test_smaller_plans_lead_down_to_the_smallest(full_vae: VideoVAE) -> None:
 
 
 def test_the_official_tiling_is_described_as_what_it_is() -> None:
-    vae = VideoVAE(meta_model(FULL["cv-vae"], torch.bfloat16))
+    vae = full_size(FULL["cv-vae"])
     shape = latent_shape(vae)
     plan = vae.describe_plan(ReferencePlan(), shape, "decode")
     assert (plan.exact, plan.tile_count) == (False, 6)
     assert "not exact: blended" in str(plan)
-    assert "Official tiles of 576 px, 6 per piece" in str(plan)
+    assert "Official tiles of 576 px, 6 per chunk" in str(plan)
     one = vae.describe_plan(ReferencePlan(), latent_shape(vae, 5, 64, 64), "decode")
     assert (one.exact, one.tile_count) == (True, 1)
     assert isinstance(vae.smaller_plan(ReferencePlan(), shape, "decode"), TilePlan)
@@ -307,26 +308,26 @@ def test_on_a_cpu_nothing_is_moved_to_ram(small_vae: Callable[..., VideoVAE], fa
     assert on_gpu.tiles.offload
 
 
-def test_halos_cost_what_the_arithmetic_says(small_vae: Callable[..., VideoVAE]) -> None:
-    """In the middle of a large frame a tile of 72 latents costs an IV-VAE decoder about 10 %, one of 32 about 22 %."""
-    vae = VideoVAE(meta_model(FULL["iv-vae"], torch.bfloat16))
-    shape = latent_shape(vae, 5, 720, 720)
+def test_halos_cost_what_the_arithmetic_says() -> None:
+    """Of an IV-VAE decoder; attention, which sees whole frames, is in what they are compared with."""
+    vae = full_size(FULL["iv-vae"])
+    shape = latent_shape(vae, 5, 216, 216)
     overhead = {
-        side: vae.describe_plan(TilePlan(tile=side), shape, "decode").halo_overhead for side in (16, 32, 72, 720)
+        side: vae.describe_plan(TilePlan(tile=side), shape, "decode").halo_overhead for side in (16, 36, 72, 216)
     }
-    assert overhead[720] == 0
-    assert 0.08 < overhead[72] < 0.14
-    assert 0.2 < overhead[32] < 0.3
-    assert 0.4 < overhead[16] < 0.7
+    assert overhead[216] == 0
+    assert 0.03 < overhead[72] < 0.1
+    assert 0.1 < overhead[36] < 0.2
+    assert 0.3 < overhead[16] < 0.6
 
 
 def test_a_plan_reads_as_words(full_vae: VideoVAE) -> None:
     text = str(full_vae.describe_plan(TilePlan(tile=32, offload=True), latent_shape(full_vae), "decode"))
     assert (
-        "Exact tiles of at most 32x32 latents (256x256 px), 15 per piece, with what waits between tiles in RAM" in text
+        "Exact tiles of at most 32x32 latents (256x256 px), 15 per chunk, with what waits between tiles in RAM" in text
     )
-    assert "pieces in time" in text
-    assert "beside the weights" in text
+    assert "chunks in time" in text
+    assert "in addition to the weights" in text
     assert "Result: exact." in text
 
 
@@ -334,10 +335,10 @@ def test_every_way_to_run_says_whether_it_is_exact(full_vae: VideoVAE) -> None:
     shape = latent_shape(full_vae)
     ways = {plan: full_vae.describe_plan(plan, shape, "decode").way for plan in (None, TilePlan(tile=32))}
     assert ways[None] == "Whole frames, exact"
-    assert ways[TilePlan(tile=32)] == "Exact tiles of at most 32x32 latents (256x256 px), 15 per piece, exact"
-    if full_vae.family != "iv-vae":
+    assert ways[TilePlan(tile=32)] == "Exact tiles of at most 32x32 latents (256x256 px), 15 per chunk, exact"
+    if FAMILIES[full_vae.family].reference_tiles:
         way = full_vae.describe_plan(ReferencePlan(), shape, "decode").way
-        assert way == "Official tiles of 576 px, 6 per piece, not exact: blended"
+        assert way == "Official tiles of 576 px, 6 per chunk, not exact: blended"
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 4), (1, 5, 1, 4, 4), (1, 4, 0, 4, 4)])
@@ -358,14 +359,15 @@ def test_a_plan_is_run_as_it_is_given(family: str, small_vae: Callable[..., Vide
     latent = torch.randn(1, vae.info.latent_channels, 2, 9, 10, dtype=torch.float64)
     plan = vae.plan_decode(latent.shape, budget_bytes=vae.decode_bytes(9, 10, frames=5) - 1)
     assert isinstance(plan, Plan)
-    assert plan.tiles == TilePlan(tile=8)
+    assert isinstance(plan.tiles, TilePlan)
+    assert plan.fits
     torch.testing.assert_close(vae.decode(latent, plan=plan.tiles), vae.decode(latent), rtol=0, atol=1e-9)
 
 
-def test_the_meta_model_is_the_model(family: str) -> None:
+def test_the_meta_network_is_the_network(family: str) -> None:
     with torch.device("meta"):
-        expected = build(FULL[family])
-    got = meta_model(FULL[family], torch.bfloat16)
+        expected = network_of(FULL[family])
+    got = meta_network(FAMILIES[family], FULL[family], DIRECTIONS, torch.bfloat16)
     assert {name: p.shape for name, p in got.named_parameters()} == {n: p.shape for n, p in expected.named_parameters()}
     assert not any(p.requires_grad for p in got.parameters())
-    assert vae_core.VideoVAE(got).dtype == torch.bfloat16
+    assert VideoVAE(got).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The contract of every streaming layer and of both models, in float64.
+"""The contract of every streaming layer and of all families, in float64.
 
 Any way to cut time gives what the whole gives; a later frame never changes an earlier group; batch rows are
 independent; nothing is held afterwards.
@@ -8,47 +8,35 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import vae_core
-from vae_core.iv_layers import FrameConv, GroupedCausalConv3d, ResidualBlock, SeparatedConv
-from vae_core.iv_vae import AttentionBlock, Decoder, Downsample, Encoder, IVVAEConfig, Upsample
-from vae_core.memory import Memory, StreamingLayer, name_slots, run_block
+from vae_core.families.iv_vae import IVVAEConfig
+from vae_core.families.iv_vae.layers import PUBLISHED, AttentionBlock, Downsample, PixelConv, SeparatedConv, Upsample
+from vae_core.families.iv_vae.network import Decoder, Encoder, ResidualBlock, steps_of
+from vae_core.nn.clip import Clip
+from vae_core.nn.layers import FrameConv
+from vae_core.nn.steps import Context, Layer, Memory, Step, Streaming, walk
 
 CONFIG = IVVAEConfig(dim=8, latent_channels=4, scale_factor=1.0, shift_factor=0.0)
-Step = Callable[[Tensor, Memory], Tensor]
-
-
-class FirstKnown(nn.Module):
-    """`Upsample`, told by a memory entry of its own whether the group is the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = Upsample(8, double_time=True)
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        first_group = memory.get("seen") is None
-        memory.put("seen", x[:0])
-        return self.up(x, memory, first_group=first_group)
-
 
 # layer, channels in, frames of the first group, frames of a later group
 LAYERS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
-    "grouped causal convolution, groups of 4": (lambda: GroupedCausalConv3d(6, 5), 6, 1, 4),
-    "grouped causal convolution, groups of 2": (lambda: GroupedCausalConv3d(6, 5), 6, 1, 2),
-    "separated convolution": (lambda: SeparatedConv(8, 3, kernel=3), 8, 1, 4),
-    "separated convolution 1x1": (lambda: SeparatedConv(8, 3, kernel=1), 8, 1, 4),
-    "frame convolution": (lambda: FrameConv(4, 4, kernel=3), 8, 1, 1),
-    "residual block": (lambda: ResidualBlock(4, 6, two_d=False), 8, 1, 4),
-    "residual block, 2-D": (lambda: ResidualBlock(4, 4, two_d=True), 8, 1, 1),
+    "separated convolution, groups of 4": (lambda: SeparatedConv(8, 3, kernel=3, parts=PUBLISHED), 8, 1, 4),
+    "separated convolution, groups of 2": (lambda: SeparatedConv(8, 3, kernel=3, parts=PUBLISHED), 8, 1, 2),
+    "separated convolution 1x1": (lambda: SeparatedConv(8, 3, kernel=1, parts=PUBLISHED), 8, 1, 4),
+    "pixel convolution": (lambda: PixelConv(8, parts=PUBLISHED), 8, 1, 4),
+    "frame convolution": (lambda: FrameConv(8, 8), 8, 1, 1),
+    "residual block": (lambda: ResidualBlock(4, 6, PUBLISHED), 8, 1, 4),
+    "residual block, 2-D": (lambda: ResidualBlock(4, 4, PUBLISHED, two_d=True), 8, 1, 1),
     "attention": (lambda: AttentionBlock(4), 8, 1, 1),
     "downsample": (lambda: Downsample(4, halve_time=True), 8, 1, 4),
     "downsample, space only": (lambda: Downsample(4, halve_time=False), 8, 1, 4),
-    "upsample": (FirstKnown, 16, 1, 2),
+    "upsample": (lambda: Upsample(8, double_time=True), 16, 1, 2),
     "encoder": (lambda: Encoder(CONFIG), 3, 1, 4),
     "decoder": (lambda: Decoder(CONFIG), 4, 1, 1),
 }
@@ -60,9 +48,24 @@ def groups(x: Tensor, first: int, later: int) -> Iterator[Tensor]:
         yield x[:, :, start : start + later]
 
 
-def run(step: Step, x: Tensor, first: int, later: int) -> list[Tensor]:
-    memory = Memory()
-    return [step(group, memory) for group in groups(x, first, later)]
+def steps_in(module: nn.Module) -> Sequence[Step]:
+    if isinstance(module, (Encoder, Decoder)):
+        return module.steps()
+    if isinstance(module, ResidualBlock):
+        return steps_of([module])
+    assert isinstance(module, Layer)
+    return [Step(layer=module)]
+
+
+def walked(module: nn.Module, x: Tensor, memory: Memory, *, plain: bool, first: bool) -> Tensor:
+    return walk(steps_in(module), Clip([x]), Context(memory=memory, first=first, plain=plain)).tensor()
+
+
+def run(
+    module: nn.Module, x: Tensor, first: int, later: int, *, plain: bool, memory: Memory | None = None
+) -> list[Tensor]:
+    memory = Memory() if memory is None else memory
+    return [walked(module, g.clone(), memory, plain=plain, first=not n) for n, g in enumerate(groups(x, first, later))]
 
 
 @pytest.fixture(params=list(LAYERS))
@@ -71,71 +74,86 @@ def layer(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, int, int]:
     make, channels, first, later = LAYERS[request.param]
     torch.manual_seed(0)
     module = make().double().eval().requires_grad_(False)
-    name_slots(module)
+    for name, part in module.named_modules():
+        if isinstance(part, Streaming):
+            part.slot = name
     size = (2, 2) if isinstance(module, Decoder) else (16, 8)
     x = torch.randn(2, channels, first + 2 * later, *size, dtype=torch.float64)
     return module, x, first, later
 
 
-def test_a_later_frame_never_changes_an_earlier_group(layer: tuple[nn.Module, Tensor, int, int]) -> None:
+@pytest.fixture(params=[False, True], ids=["fused", "plain"])
+def plain(request: pytest.FixtureRequest) -> bool:
+    """By the operators of this project, or by torch's own."""
+    return request.param
+
+
+Case = tuple[nn.Module, Tensor, int, int]
+
+
+def test_fused_and_plain_operators_agree(layer: Case) -> None:
+    module, x, first, later = layer
+    fused, plain = (torch.cat(run(module, x, first, later, plain=p), dim=2) for p in (False, True))
+    assert (fused - plain).abs().max() <= 1e-11 * plain.std()
+
+
+def test_a_later_frame_never_changes_an_earlier_group(layer: Case, plain: bool) -> None:
     module, x, first, later = layer
     changed = x.clone()
     changed[:, :, first + later :] = torch.randn_like(changed[:, :, first + later :])
-    before, after = run(module, x, first, later), run(module, changed, first, later)
+    before, after = (run(module, clip, first, later, plain=plain) for clip in (x, changed))
     assert all(torch.equal(a, b) for a, b in zip(before[:2], after[:2], strict=True))
     assert not torch.equal(before[2], after[2])
 
 
-def test_batch_rows_are_independent(layer: tuple[nn.Module, Tensor, int, int]) -> None:
+def test_batch_rows_are_independent(layer: Case, plain: bool) -> None:
     module, x, first, later = layer
-    together = torch.cat(run(module, x, first, later), dim=2)
-    alone = torch.cat([torch.cat(run(module, row[None], first, later), dim=2) for row in x])
+    together = torch.cat(run(module, x, first, later, plain=plain), dim=2)
+    alone = torch.cat([torch.cat(run(module, row[None], first, later, plain=plain), dim=2) for row in x])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
 
 
-def test_a_layer_holds_nothing_and_a_fresh_memory_starts_over(layer: tuple[nn.Module, Tensor, int, int]) -> None:
+def test_a_layer_holds_nothing_and_a_fresh_memory_starts_over(layer: Case, plain: bool) -> None:
     module, x, first, later = layer
-    once = run(module, x, first, later)  # it may prepare kernels
     before = set(vars(module)), {name for name, _ in module.named_buffers()}
-    twice = run(module, x, first, later)
+    memory = Memory()
+    once, twice = (run(module, x, first, later, plain=plain, memory=m) for m in (memory, Memory()))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
     assert before == (set(vars(module)), {name for name, _ in module.named_buffers()})
-    memory = Memory()
-    for group in groups(x, first, later):
-        module(group, memory)
-    assert set(memory) - {"seen"} == {m.slot for m in module.modules() if isinstance(m, StreamingLayer)}
-    memory.clear()
-    assert torch.equal(module(x[:, :, :first], memory), once[0])
+    assert set(memory) <= {m.slot for m in module.modules() if isinstance(m, Streaming)}
 
 
-def test_memory_keeps_one_frame_per_convolution_and_not_the_group(layer: tuple[nn.Module, Tensor, int, int]) -> None:
+def test_memory_keeps_one_frame_per_convolution_and_not_the_group(layer: Case, plain: bool) -> None:
     module, x, first, later = layer
     memory = Memory()
-    for group in groups(x, first, later):
-        module(group, memory)
-    for slot in set(memory) - {"seen"}:
-        kept = memory.get(slot)
+    run(module, x, first, later, plain=plain, memory=memory)
+    for slot in memory:
+        kept = memory.get(slot, torch.device("cpu"))
         assert kept is not None
         assert kept.shape[2] == 1
         assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
 
 
-def test_grouped_causal_convolution_is_the_published_one() -> None:
+def test_grouped_causal_convolution_is_the_published_one(plain: bool) -> None:
     """Every group: [last frame before it, the group, a zero frame]; the first frame: [x, x, zero]."""
     torch.manual_seed(0)
-    conv = GroupedCausalConv3d(3, 2).double().requires_grad_(False)
+    separated = SeparatedConv(3, 2, kernel=3, parts=PUBLISHED).double().requires_grad_(False)
+    conv, frames = separated.conv_3d, separated.conv_2d
+    assert frames is not None
     x = torch.randn(1, 3, 9, 6, 5, dtype=torch.float64)
     zero = torch.zeros_like(x[:, :, :1])
 
-    def plain(*frames: Tensor) -> Tensor:
-        return nn.functional.conv3d(torch.cat(frames, dim=2), conv.weight, conv.bias, padding=(0, 1, 1))
+    def published(before: Tensor, group: Tensor) -> Tensor:
+        single = torch.stack([frames(frame) for frame in group.unbind(2)], dim=2)
+        padded = torch.cat((before, group, zero), dim=2)
+        return torch.cat((single, nn.functional.conv3d(padded, conv.weight, conv.bias, padding=(0, 1, 1))), dim=1)  # type: ignore[arg-type]
 
     expected = [
-        plain(x[:, :, :1], x[:, :, :1], zero),
-        plain(x[:, :, :1], x[:, :, 1:5], zero),
-        plain(x[:, :, 4:5], x[:, :, 5:9], zero),
+        published(x[:, :, :1], x[:, :, :1]),
+        published(x[:, :, :1], x[:, :, 1:5]),
+        published(x[:, :, 4:5], x[:, :, 5:9]),
     ]
-    torch.testing.assert_close(run(conv, x, 1, 4), expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(run(separated, x, 1, 4, plain=plain), expected, rtol=1e-13, atol=1e-13)
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -154,7 +172,7 @@ def test_any_cut_of_the_frames_encodes_to_the_same(family: str, small_vae: Calla
     torch.manual_seed(0)
     video = torch.randn(1, 3, 33, 16, 24, dtype=torch.float64)
     expected = vae.encode(video)
-    assert expected.shape == (1, vae.info.latent_channels, 9, 2, 3)
+    assert expected.shape == (1, vae.info.latent_channels, vae.info.compression.latent_frames(33), 2, 3)
     for lengths in CUTS:
         assert torch.equal(torch.cat(list(vae.encode_stream(cut(video, lengths))), dim=2), expected), lengths
 
@@ -164,7 +182,7 @@ def test_any_cut_of_the_latent_decodes_to_the_same(family: str, small_vae: Calla
     torch.manual_seed(0)
     latent = torch.randn(1, vae.info.latent_channels, 9, 2, 3, dtype=torch.float64)
     expected = vae.decode(latent)
-    assert expected.shape == (1, 3, 33, 16, 24)
+    assert expected.shape == (1, 3, vae.info.compression.pixel_frames(9), 16, 24)
     for lengths in LATENT_CUTS:
         assert torch.equal(torch.cat(list(vae.decode_stream(cut(latent, lengths))), dim=2), expected), lengths
     assert torch.equal(torch.cat(list(vae.decode_stream(latent)), dim=2), expected)
@@ -182,11 +200,9 @@ def test_draws_from_the_posterior_do_not_depend_on_the_cut(
         assert torch.equal(torch.cat(list(stream), dim=2), expected)
     other = vae.encode(video, sample=True, generator=torch.Generator().manual_seed(8))
     mean, logvar = vae.moments(video)
-    scaled = [vae.info.scale_factor * (x - vae.info.shift_factor) for x in (mean, mean + (0.5 * logvar).exp())]
-    spread = scaled[1] - scaled[0] if family == "iv-vae" else (0.5 * logvar).exp()
-    centre = scaled[0] if family == "iv-vae" else mean
+    scale, shift = (vae.info.scale_factor, vae.info.shift_factor) if family == "iv-vae" else (1.0, 0.0)
     for draw in (expected, other):
-        noise = (draw - centre) / spread
+        noise = (draw / scale + shift - mean) / (0.5 * logvar).exp()
         assert 0.6 < noise.std() < 1.4
         assert noise.abs().max() < 5
     assert not torch.allclose(expected, other)
@@ -196,7 +212,7 @@ def test_a_later_frame_never_changes_an_earlier_chunk(family: str, small_vae: Ca
     vae = small_vae(family)
     torch.manual_seed(0)
     video = torch.randn(1, 3, 33, 8, 16, dtype=torch.float64)
-    boundary, kept = (17, 5) if family != "iv-vae" else (13, 4)
+    boundary, kept = {"iv-vae": (13, 4), "image-vae": (5, 5)}.get(family, (17, 5))
     changed = video.clone()
     changed[:, :, boundary:] = 0
     before, after = vae.encode(video), vae.encode(changed)
@@ -246,12 +262,7 @@ def test_gradients_agree_with_and_without_checkpointing(
 
     def gradients(*, checkpointing: bool) -> tuple[Tensor, dict[str, Tensor]]:
         model.zero_grad()
-        if family == "iv-vae":
-            memory, other = Memory(), Memory()
-            means = [model.encode(g, memory, checkpointing=checkpointing)[0] for g in groups(video, 1, 4)]
-            out = torch.cat([model.decode(m, other, checkpointing=checkpointing) for m in means], dim=2)
-        else:
-            out = model.decode(model.encode(video, checkpointing=checkpointing)[0], checkpointing=checkpointing)
+        out = model.decode(model.encode(video, checkpointing=checkpointing)[0], checkpointing=checkpointing)
         (out - video).square().mean().backward()
         return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -265,8 +276,7 @@ def test_gradients_agree_with_and_without_checkpointing(
 
 def test_checkpointing_keeps_fewer_activations() -> None:
     torch.manual_seed(0)
-    block = ResidualBlock(8, 8, two_d=False)
-    name_slots(block)
+    block = ResidualBlock(8, 8, PUBLISHED)
     x = torch.randn(1, 16, 4, 16, 16, requires_grad=True)
     sizes: dict[bool, int] = {}
     for checkpointing in (False, True):
@@ -277,7 +287,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            run_block(block, x, Memory(), checkpointing=checkpointing)
+            walk(block.steps(), Clip([x]), Context(plain=True), checkpointing=checkpointing)
         sizes[checkpointing] = sum(saved)
     assert sizes[True] < sizes[False] / 3
 
@@ -289,13 +299,3 @@ def test_decoding_is_differentiable_in_the_latent(family: str, small_vae: Callab
     assert latent.grad is not None
     assert (latent.grad.abs().sum(dim=(0, 1, 3, 4)) > 0).all()
     assert not vae.decode(latent.detach()).requires_grad
-
-
-def test_torch_compile_takes_the_streaming_step() -> None:
-    torch.manual_seed(0)
-    block = ResidualBlock(4, 4, two_d=False).eval().requires_grad_(False)
-    name_slots(block)
-    x = torch.randn(1, 8, 9, 8, 8)
-    expected = run(block, x, 1, 4)
-    compiled = torch.compile(block, backend="eager", fullgraph=True)
-    torch.testing.assert_close(run(compiled, x, 1, 4), expected)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vae_core.errors import CheckpointError
+from vae_core.pictures.losses import SIZE, draw_losses
 from vae_core.svd import trainer as training
 from vae_core.svd.adapter import OutputLayer, output_layer, read_adapter, save_adapter
-from vae_core.svd.loss_picture import SIZE, draw_losses
 
 WIDTH = 6
 GRADIENT = training.TrainSettings(

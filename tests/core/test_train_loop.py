@@ -21,7 +21,7 @@ import vae_core
 from vae_core.cli.app import app
 from vae_core.training.checkpoint import Checkpoints, TrainingError, read_checkpoint
 from vae_core.training.clips import BatchKind
-from vae_core.training.coders import ImageCoder
+from vae_core.training.coders import VideoCoder
 from vae_core.training.config import (
     DataConfig,
     DiscriminatorConfig,
@@ -33,10 +33,10 @@ from vae_core.training.config import (
     ValidationConfig,
     read_config,
 )
-from vae_core.training.image_vae import CVImageConfig, CVImageVAE
 from vae_core.training.journal import read_log, sample_grid
 from vae_core.training.loop import FINAL, Trainer
 
+from .image_vae_2d import our_image_vae
 from .small_training import SIDE, Squares, small_config, watching
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def _same(a: Path, b: Path) -> None:
 def _image_file(folder: Path) -> str:
     torch.manual_seed(3)
     path = folder / "image.safetensors"
-    ImageCoder(CVImageVAE(CVImageConfig(widths=(32, 32, 32, 32), blocks_per_level=1, latent_channels=4))).save(path)
+    VideoCoder(our_image_vae().model, checkpointing=False).save(path)
     return str(path)
 
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vae_core.door.loading import save
+from vae_core.door.loading import official_state, save
 from vae_core.metrics import LPIPS
-from vae_core.training.coders import ImageCoder, VideoCoder, read_image_model
+from vae_core.training.coders import FrameByFrame, VideoCoder, read_image_model
 from vae_core.training.config import LossConfig, OptimizerConfig, RegularizationConfig
 from vae_core.training.discriminator import PatchDiscriminator, halve
 from vae_core.training.draws import draw
-from vae_core.training.image_vae import CVAttention, CVImageConfig, CVImageVAE, IVImageConfig, IVImageVAE
 from vae_core.training.inflation import inflate
+from vae_core.training.iv_image import IVImageConfig, IVImageVAE
 from vae_core.training.losses import (
     LossError,
     adaptive_weight,
@@ -35,7 +35,7 @@ from vae_core.training.regularization import MAPPINGS, decoded_frames, encoded_f
 from vae_core.training.schedule import Optimizers, rate_factor
 from vae_core.training.sources import frozen_image_vae
 
-IMAGE = CVImageConfig(widths=(32, 32, 32, 32), blocks_per_level=1, latent_channels=4)
+from .image_vae_2d import our_image_vae
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +103,8 @@ def test_draws_do_not_depend_on_who_draws() -> None:
     assert set(many.flatten().tolist()) == {0, 1, 2, 3}
 
 
-def _image_vae() -> CVImageVAE:
-    model = CVImageVAE(IMAGE)
-    return model.eval().requires_grad_(False)
+def _image_vae() -> FrameByFrame:
+    return our_image_vae().eval().requires_grad_(False)
 
 
 def test_the_frozen_image_vae_passes_gradients_and_takes_none() -> None:
@@ -150,20 +149,15 @@ def test_regularization_reaches_the_half_it_is_for(mapping: str, side: str, smal
 
 
 def test_a_regularization_by_other_latents_is_refused() -> None:
-    coder = VideoCoder(frozen_image_vae("demo-iv-vae").coder.model, checkpointing=False)  # 16 channels
+    coder = VideoCoder(frozen_image_vae("demo-iv-vae").model, checkpointing=False)  # 16 channels
     with pytest.raises(ValueError, match="image VAE x has latents of 4 channels, and the video VAE of 16: regularize"):
         check_channels(coder, _image_vae(), "x")
 
 
 @pytest.mark.parametrize("attention", [False, True])
 def test_an_image_vae_is_read_as_the_network_it_was(attention: bool, tmp_path: Path) -> None:
-    model = CVImageVAE(IMAGE)
-    if attention:  # as Stable Diffusion's: attention in the decoder, eps 1e-6
-        model.decoder.mid.attn_1 = CVAttention(32)
-        for module in model.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.eps = 1e-6
-    ImageCoder(model).save(tmp_path / "image.safetensors")
+    model = our_image_vae(attention=attention).requires_grad_(False)
+    VideoCoder(model.model, checkpointing=False).save(tmp_path / "image.safetensors")
     read = frozen_image_vae(str(tmp_path / "image.safetensors"))
     picture = torch.rand(2, 3, 16, 24) * 2 - 1
     assert torch.equal(read.encode(picture)[0], model.encode(picture)[0])
@@ -181,7 +175,7 @@ def test_an_iv_image_vae_is_read_too(tmp_path: Path) -> None:
 
 def test_an_inflated_video_vae_stands_for_its_image_vae(tmp_path: Path) -> None:
     image = _image_vae()
-    save(inflate([image.state_dict()]).vae, tmp_path / "video.safetensors")
+    save(inflate([official_state(image.model)]).vae, tmp_path / "video.safetensors")
     frozen = frozen_image_vae(str(tmp_path / "video.safetensors"))
     picture = torch.rand(2, 3, 16, 24) * 2 - 1
     mean, logvar = image.encode(picture)

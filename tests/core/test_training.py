@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,27 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_computes_what_use_does_and_reaches_every_weight(
+    family: str, checkpointing: bool, small_vae: Callable[..., vae_core.VideoVAE]
+) -> None:
+    """At a size at which layers cut time into several runs, unlike the very small clips of other tests."""
+    vae = small_vae(family)
+    video = torch.rand(1, 3, 9, 80, 64, dtype=torch.float64) * 2 - 1
+    expected = vae.moments(video)
+    latent = torch.randn_like(expected[0])
+    frames = vae.decode(vae.model.family.from_network(vae.model.config, latent))
+    model = vae.model.requires_grad_(True)
+    found = model.encode(video, checkpointing=checkpointing)
+    decoded = model.decode(latent, checkpointing=checkpointing)
+    for ours, theirs in ((found[0], expected[0]), (found[1], expected[1]), (decoded, frames)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * float(theirs.std()))
+    (found[0].square().mean() + found[1].square().mean() + decoded.square().mean()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
 
 
 def test_data_is_the_same_for_the_same_seed() -> None:

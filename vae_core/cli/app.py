@@ -349,7 +349,8 @@ def _load_for(file: LatentFile, weights: str | None, dtype: DType, device: str) 
     """The VAE for a latent file: of the same family and channels."""
     channels = file.shape[1]
     if weights is None:
-        weights = {("cv-vae", 4): "demo-cv-vae", ("iv-vae", 16): "demo-iv-vae"}.get((file.meta.family, channels))
+        demos = {("cv-vae", 4): "demo-cv-vae", ("iv-vae", 16): "demo-iv-vae", ("image-vae", 4): "demo-image-vae"}
+        weights = demos.get((file.meta.family, channels))
         if weights is None:
             raise UserError(
                 f"{file.path} was made by {file.meta.family} with {channels} latent channels, of which there are no "

@@ -20,6 +20,7 @@ from .checks import check_clip, check_frames, checked, checked_bytes, size_check
 from .info import VAEInfo
 
 Progress = Callable[[int, int], None]
+Between = Callable[[], None]
 VIDEO, LATENT = ("video", "frames in [-1, 1]"), ("latent", "unit-scale values")
 
 
@@ -93,7 +94,7 @@ class VideoVAE:
         """
         self._check_video(video, pad=pad)
         total = self._compression.latent_frames(video.shape[2])
-        mean, logvar = collect(self._moments([video], pad, plan, recover), total, dim=2).chunk(2, dim=1)
+        mean, logvar = collect(self._moments([video], pad, plan, recover, None), total, dim=2).chunk(2, dim=1)
         return mean, logvar
 
     def encode_stream(
@@ -105,26 +106,30 @@ class VideoVAE:
         generator: torch.Generator | None = None,
         plan: AnyPlan = None,
         recover: Recover | None = None,
+        between: Between | None = None,
     ) -> Iterator[Tensor]:
         """Latents of a stream of (b, 3, t, h, w) clips, any t each, as (b, z, t', h', w'); holds one chunk.
 
         How the stream is cut does not change the result. Without `pad`, raises ValueError at the end of a stream that
-        did not have 1 + 4N frames. Other arguments as in `encode`.
+        did not have 1 + 4N frames. between: called after every step of the network on every tile, in the middle of a
+        chunk, and what it raises ends the run: for progress and cancelling. Other arguments as in `encode`.
         """
         family, config = self.model.family, self.model.config
-        for moments in self._moments(frames, pad, plan, recover):
+        for moments in self._moments(frames, pad, plan, recover, between):
             mean, logvar = moments.chunk(2, dim=1)
             latent = _draw(mean, logvar, generator, family.clamp) if sample else mean
             yield family.from_network(config, latent)
             del moments, mean, logvar, latent  # not while the next chunk runs
 
-    def _moments(self, frames: Iterable[Tensor], pad: bool, plan: AnyPlan, recover: Recover | None) -> Iterator[Tensor]:
+    def _moments(
+        self, frames: Iterable[Tensor], pad: bool, plan: AnyPlan, recover: Recover | None, between: Between | None
+    ) -> Iterator[Tensor]:
         """(mean, logvar) of every chunk, side by side along channels."""
         clips = checked(frames, self.family, 3, *VIDEO)
         clips = (pad_stream if pad else whole_stream)(clips, self._compression)
         chunks = rechunk(clips, self.model.family.frames)
         drop = 0
-        for moments in self._run("encode", chunks, plan, recover):
+        for moments in self._run("encode", chunks, plan, recover, between):
             yield moments[:, :, drop:]
             del moments
             drop = self.model.family.latents.overlap
@@ -168,12 +173,14 @@ class VideoVAE:
         size: tuple[int, int] | None = None,
         plan: AnyPlan = None,
         recover: Recover | None = None,
+        between: Between | None = None,
     ) -> Iterator[Tensor]:
         """Frames of a latent, or of a stream of (b, z, t', h', w') of any t', chunk by chunk; holds one chunk.
 
-        Stops once `frames` are out, and raises ValueError if the stream ends before. Other arguments as in `decode`.
+        Stops once `frames` are out, and raises ValueError if the stream ends before. between: as in
+        `encode_stream`. Other arguments as in `decode`.
         """
-        return self._decoded(latent, frames, size, plan, recover, bring_back=True)
+        return self._decoded(latent, frames, size, plan, recover, between, bring_back=True)
 
     def decode_frames(
         self,
@@ -186,6 +193,7 @@ class VideoVAE:
         size: tuple[int, int] | None = None,
         plan: AnyPlan = None,
         recover: Recover | None = None,
+        between: Between | None = None,
     ) -> Iterator[Tensor]:
         """As `decode_stream`, to be shown or written: (b, t, h, w, 3) in RAM, clamped.
 
@@ -194,7 +202,7 @@ class VideoVAE:
         asked for, for those who do not keep them. check: raise `NotFiniteError` at the first chunk with NaN or
         infinity. Other arguments as in `decode`. Raises ValueError for another dtype.
         """
-        chunks = self._decoded(latent, frames, size, plan, recover, bring_back=False)
+        chunks = self._decoded(latent, frames, size, plan, recover, between, bring_back=False)
         return host_frames(chunks, self.device, dtype, lent=lent, check=check)
 
     def _decoded(
@@ -204,6 +212,7 @@ class VideoVAE:
         size: tuple[int, int] | None,
         plan: AnyPlan,
         recover: Recover | None,
+        between: Between | None,
         *,
         bring_back: bool,
     ) -> Iterator[Tensor]:
@@ -212,9 +221,8 @@ class VideoVAE:
         space = family.compression.space
         sized = (size_checked(chunk, size, space) for chunk in rechunk(clips, family.latents))
         chunks = (family.to_network(config, chunk) for chunk in sized)
-        yield from trimmed(
-            self._run("decode", chunks, plan, recover, bring_back=bring_back), family.frames.overlap, frames, size
-        )
+        decoded = self._run("decode", chunks, plan, recover, between, bring_back=bring_back)
+        yield from trimmed(decoded, family.frames.overlap, frames, size)
 
     # ---------------------------------------------------------------------------------------------- running
 
@@ -233,10 +241,11 @@ class VideoVAE:
         chunks: Iterable[Tensor],
         plan: AnyPlan,
         recover: Recover | None,
+        between: Between | None,
         *,
         bring_back: bool = True,
     ) -> Iterator[Tensor]:
-        work = Pass(self.model, direction, plan, compiled=self._compiled)
+        work = Pass(self.model, direction, plan, compiled=self._compiled, between=between or (lambda: None))
         return run_chunks(chunks, work, device=self.device, dtype=self.dtype, recover=recover, bring_back=bring_back)
 
     # ---------------------------------------------------------------------------------------------- planning

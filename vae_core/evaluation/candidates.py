@@ -59,9 +59,11 @@ class Native:
     def facts(self) -> dict[str, str]:
         """Family, latent channels, parameters, precision."""
         info = self.vae.info
+        space, time = info.space_compression, info.time_compression
+        time = f" and {time} in time" if time > 1 else ""
         return {
             "family": info.family,
-            "latent": f"{info.latent_channels} channels, 8x8 and 4 in time",
+            "latent": f"{info.latent_channels} channels, {space}x{space}{time}",
             "parameters": f"{info.parameters:,}",
             "runs in": f"{str(self.vae.dtype).removeprefix('torch.')} on {self.vae.device}",
         }
@@ -184,7 +186,9 @@ def choose(
 def _native(spec: str, device: torch.device | str, dtype: torch.dtype, plan: ReferencePlan | None) -> Native:
     vae = load(spec, device=device, dtype=dtype)
     if plan is not None and not vae.model.family.reference_tiles:
-        raise ValueError(f"{spec}{TILED}: the official tiles are those of CV-VAE, and this is IV-VAE; leave them out.")
+        raise ValueError(
+            f"{spec}{TILED}: the official tiles are those of CV-VAE, and this is {vae.family}; leave them out."
+        )
     return Native(vae, plan)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..door.vae import VideoVAE
-from ..families import VIDEO
 from ..run.windows import pad_stream
 
 
@@ -34,7 +33,7 @@ class Compatibility:
     group, as a share of the latter's root mean square: 0 for the same latents, about 1.4 for unrelated ones. nearest:
     the same to the frame of the group that is nearest. video_to_image: PSNR in dB of the image VAE's decode of the
     video VAE's latents, to the frame of the group that is nearest. image_to_video: PSNR of the video VAE's decode of
-    the image VAE's latents of every fourth frame, to all frames.
+    the image VAE's latents of the frames that latents begin with, every fourth of a video VAE's, to all frames.
     """
 
     distance: float
@@ -53,7 +52,7 @@ def latent_compatibility(vae: VideoVAE, image_vae: ImageCoder, frames: Callable[
     nearest: list[float] = []
     decoded: list[float] = []
     with torch.no_grad():
-        for latent, group in _groups(vae, pad_stream(frames(), VIDEO)):
+        for latent, group in _groups(vae, pad_stream(frames(), vae.info.compression)):
             theirs = image_vae.encode(group)
             if latent.shape != theirs.shape[1:]:
                 raise ValueError(
@@ -87,7 +86,7 @@ def _groups(vae: VideoVAE, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, T
     for piece in vae.encode_stream(kept()):
         for latent in piece[0].unbind(1):
             yield latent, torch.stack([waiting.popleft() for _ in range(count)])
-            count = VIDEO.time
+            count = vae.info.time_compression
 
 
 def _image_to_video(vae: VideoVAE, image_vae: ImageCoder, frames: Callable[[], Iterable[Tensor]]) -> Iterator[float]:
@@ -95,10 +94,10 @@ def _image_to_video(vae: VideoVAE, image_vae: ImageCoder, frames: Callable[[], I
 
     def latents() -> Iterator[Tensor]:
         count = 0
-        for piece in pad_stream(frames(), VIDEO):
+        for piece in pad_stream(frames(), vae.info.compression):
             for frame in piece[0].unbind(1):
                 waiting.append(frame)
-                if count % VIDEO.time == 0:
+                if count % vae.info.time_compression == 0:
                     yield image_vae.encode(frame[None])[:, :, None]
                 count += 1
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..families import VIDEO
-from ..run.tiling import Overlapping
+from ..families import VIDEO, Compression
+from ..nn.region import split
+from ..run.tiling import Overlapping, TilePlan
 from .frames import check_pair
 
 LEAST = 1e-12
@@ -43,6 +44,15 @@ def tile_borders(grid: Overlapping, size: tuple[int, int]) -> Borders:
         spans = grid.spans(side)
         both.append(tuple((after[0], before[1]) for before, after in pairwise(spans)))
     return Borders(rows=both[0], columns=both[1])
+
+
+def exact_borders(plan: TilePlan, size: tuple[int, int], compression: Compression) -> Borders:
+    """The borders of exact strips or tiles, in pixels, over a frame of (height, width)."""
+    rows, columns = (
+        tuple((stop * compression.space, stop * compression.space) for _, stop in split((0, cells), tile or cells)[:-1])
+        for cells, tile in zip(map(compression.cells, size), plan.sides, strict=True)
+    )
+    return Borders(rows=rows, columns=columns)
 
 
 def chunk_borders(frames: int, *, first: int = 17, step: int = 16) -> tuple[int, ...]:

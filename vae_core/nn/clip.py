@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from einops import rearrange
@@ -48,10 +48,11 @@ class Clip:
         """The part of every tensor that shows `region`, where it shows `whole`; views."""
         return self if region == whole else Clip((region.of(x, whole) for x in self.tensors), self.places)
 
-    def of(self, whole: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each tensor, and where it lies in (b, c, t, h, w), as a view."""
-        pairs = zip(self.tensors, self.places, strict=True)
-        return [(x, whole[:, c : c + x.shape[1], t : t + x.shape[2]]) for x, (c, t) in pairs]
+    def of(self, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each tensor, and where it lies in (b, c, t, h, w), as a view, which autograd wants made just before it is
+        written."""
+        for x, (c, t) in zip(self.tensors, self.places, strict=True):
+            yield x, whole[:, c : c + x.shape[1], t : t + x.shape[2]]
 
     def plus(self, other: Clip) -> Clip:
         """The sum, in this clip's memory where it is one tensor, else in one tensor for each run of channels."""

@@ -62,7 +62,10 @@ def flat(clip: Clip) -> list[int]:
 
 
 def moments(clip: Clip, groups: int) -> Moments:
-    """Mean and variance of every group of channels of every batch row, (b, groups) each, float32 or better."""
+    """Mean and variance of every group of channels of every batch row, (b, groups) each, float32 or better.
+
+    Every tensor of the clip has all channels.
+    """
     mean, variance = torch.ops.cviv.group_moments(clip.tensors, groups)
     _, c, t, h, w = clip.shape
     return Moments(mean, variance, t * h * w * c // groups)

@@ -53,7 +53,7 @@ class Plan:
     result_bytes: the whole result in the network's number format, for those who keep it whole.
     exact: whether the result is that of whole frames (to rounding).
     fits: whether device_bytes, and host_bytes where RAM is limited, stay within the budget; True without one.
-    halo_overhead: extra convolution work because tiles overlap; 0.12 is 12 %.
+    halo_overhead: extra work because tiles overlap; 0.12 is 12 %.
     """
 
     tiles: AnyPlan

@@ -83,8 +83,9 @@ class Profile(TorchDispatchMode):
         made = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
         given = [x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(x, Tensor)]
         self._note_work(name, args, given, made)
+        written = [x for x in (kwargs or {}).values() if isinstance(x, Tensor)]  # `out`
         for x in made:
-            if not _is_view(x, given):  # else it is counted, or was there before
+            if not _is_view(x, [*given, *written]):  # else it is counted, or was there before
                 (self.host if self._on_host else self.device).enter(x)
         return out
 

@@ -160,7 +160,9 @@ class Pass:
         return out
 
     def switch(self, plan: AnyPlan) -> None:
-        """Go on by another plan."""
+        """Go on by another plan, or by the same one."""
+        if plan == self.plan:
+            return
         self.plan = _allowed(plan, self.network)
         if isinstance(self.plan, TilePlan) and self._streams:
             self._tracks = [track for old in self._tracks for track in self._cut(old, self.plan)]

@@ -14,8 +14,10 @@ _OTHER_VIDEO = (
     "Its latents differ from ours: load it with the nodes of its own model, or give CV-VAE or IV-VAE weights."
 )
 _NOT_A_VAE = "Give the VAE's own file: CV-VAE or IV-VAE weights."
-_WHOLE = "Both halves are needed: give the complete file."
-_IMAGES = "single images, no time axis"
+_WHOLE = "Give the complete file."
+_IMAGES = "single images, no time axis), incomplete or of another build"
+_SD15_IMAGES = _SD15.replace("Give", "Give the complete file, or")
+_SD3_IMAGES = _SD3.replace("Give", "Give the complete file, or")
 
 
 class _Kind(NamedTuple):
@@ -164,16 +166,16 @@ _KINDS: tuple[_Kind, ...] = (
     ),
     _Kind("a video VAE of another model", _has(r"(en|de)coder\.(conv_in|conv1)\.weight$", rank=5), _OTHER_VIDEO),
     _Kind(
-        f"a 2-D SD3 or Flux VAE (16 channels, {_IMAGES})",
+        f"a 2-D SD3 or Flux VAE (16 channels, {_IMAGES}",
         _has(r"decoder\.conv_in\.weight$", rank=4, size=(1, 16)),
-        _SD3,
+        _SD3_IMAGES,
     ),
     _Kind(
-        f"a 2-D Flux.2 VAE (32 channels, {_IMAGES})",
+        f"a 2-D Flux.2 VAE (32 channels, {_IMAGES}",
         _has(r"decoder\.conv_in\.weight$", rank=4, size=(1, 32)),
-        "No CV-VAE was made for its latents: give CV-VAE or IV-VAE weights.",
+        "No CV-VAE was made for its latents: give the complete file, or CV-VAE or IV-VAE weights.",
     ),
-    _Kind(f"a 2-D Stable Diffusion VAE ({_IMAGES})", _has(r"(en|de)coder\.conv_in\.weight$", rank=4), _SD15),
+    _Kind(f"a 2-D Stable Diffusion VAE ({_IMAGES}", _has(r"(en|de)coder\.conv_in\.weight$", rank=4), _SD15_IMAGES),
     _Kind(
         "a text or image encoder (CLIP, T5, a language model)",
         _has(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn.clip import Clip, empty
+from ...nn.clip import Clip, empty, laid_out
 from ...nn.convolution import Triple, convolve
 from ...nn.layers import SpacePadding, conv_input, in_time, neighbouring_taps
 from ...nn.norm import Activation, summed, wide
@@ -69,7 +69,7 @@ def convolve_in_time(
     """
     space = (0, *padding)
     if x.numel() < weight.numel():
-        x = F.pad(x, (0, 0, 0, 0, *time), mode="replicate" if replicate else "constant")
+        x = laid_out(F.pad(x, (0, 0, 0, 0, *time), mode="replicate" if replicate else "constant"))
         yield 0, convolve(x, weight, bias, stride=stride, padding=space, plain=plain)
         return
     for run in runs_in_time(x.shape[2], stride[0], time, replicate):
