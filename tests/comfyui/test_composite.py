@@ -88,7 +88,7 @@ def test_two_videos_stay_lazy_and_keep_rate_and_sound(
     shown = torch.from_numpy(found["frames"]) / 255
     decoded, _, _ = decode(comfy, vae, latent)
     assert (shown[:, :7] - ours[:, :7]).abs().mean() < 0.05
-    assert (shown[:, 14:26, 22:42] - decoded[:, 14:26, 22:42]).abs().mean() < 0.08
+    assert (shown[:, 14:26, 22:42] - decoded[:, 14:26, 22:42]).abs().mean() < 0.12
 
     prompt["look"] = {"class_type": "PreviewImage", "inputs": {"images": ["mix", 1]}}
     said: list[str] = []
