@@ -38,7 +38,7 @@ def test_wrong_channels(comfy: Comfy, load_vae: LoadVAE) -> None:
     latent = {"samples": torch.randn(3, 16, 4, 4)}
     message = refusal(comfy, "CVIV_Decode", vae=load_vae(SMALL["cv"]), samples=latent, **DECODE)
     assert "16 channels and the VAE (cv-vae) takes 4" in message
-    assert "cv-vae-sd3 for SD3 and SD3.5 alone" in message
+    assert "cv-vae-sd3 or an image VAE with z 16 for SD3 and SD3.5 alone" in message
     assert "Flux, Wan, Hunyuan Video, Qwen-Image and others have 16 channels, too" in message
     assert "use the VAE of that model there" in message
 
