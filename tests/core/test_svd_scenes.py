@@ -108,6 +108,8 @@ def _training(clips: int) -> session.Training:
 def test_an_eighth_of_the_clips_is_held_out() -> None:
     assert [len(_training(count).held) for count in (2, 8, 17, 100)] == [1, 1, 2, 8]
     assert _training(1).held[0].name == "x"
+    assert _training(1).report(1.0, 0.5, 1.0, "", [])[0].startswith("one clip, so the held-out loss")
+    assert _training(9).report(1.0, 0.5, 1.0, "", [])[0] == "9 clips, 1 of them held out of the training"
 
 
 def test_a_layer_that_harms_is_refused() -> None:

@@ -137,7 +137,7 @@ class Training:
         buckets = [clip.bucket for clip in clips]
         lines = [
             f"{self._count} clips, {len(self.held)} of them held out of the training"
-            if self._clips
+            if self._count > 1
             else "one clip, so the held-out loss is of the same clip with other noise: use more clips",
             f"motion buckets {min(buckets)} to {max(buckets)} by optical flow, {MOTION} for the clip in the middle"
             if any(clip.motion is not None for clip in clips)
@@ -155,14 +155,13 @@ class Training:
         return lines
 
     def _draw(self, step: int) -> tuple[TrainingClip, Draw]:
-        clips = self._clips or self.held
-        drawn = draw(self.trainer.settings.seed, step, [tuple(clip.x0.shape) for clip in clips])
-        return clips[drawn.clip], drawn
+        drawn = draw(self.trainer.settings.seed, step, [tuple(clip.x0.shape) for clip in self._clips])
+        return self._clips[drawn.clip], drawn
 
     def _with_images(self, draws: Sequence[tuple[TrainingClip, Draw]]) -> list[tuple[TrainingClip, Draw, Tensor]]:
         return [(clip, drawn, self._encode(drawn.on_picture(clip.first.float()))) for clip, drawn in draws]
 
     def _held_words(self) -> str:
-        if not self._clips:
+        if self._count == 1:
             return "the one clip, with other noise,"
         return "the clip held out" if len(self.held) == 1 else f"the {len(self.held)} clips held out"
