@@ -106,7 +106,7 @@ def test_a_part_of_a_video(comfy: Comfy, load_vae: LoadVAE) -> None:
 
 
 def test_tiles_are_exact_and_their_borders_are_measured(comfy: Comfy, load_vae: LoadVAE) -> None:
-    vae, images = load_vae(SMALL["cv"]), picture(5, 64, 96)
+    vae, images = load_vae(SMALL["cv"]), picture(5, 192, 96)  # strips of at least two rows
     whole, _, table, report = round_trip(comfy, vae, images)
     assert "Whole frames" in report
     assert "at the borders of" not in table

@@ -19,12 +19,12 @@ from .meta_profile import MetaProfile
 ROOT = Path(__file__).parent.parent.parent
 
 
-def latent_pieces(channels: int, frames: int) -> Iterator[Tensor]:
+def latent_clips(channels: int, frames: int) -> Iterator[Tensor]:
     for _ in range(frames):
         yield torch.empty(1, channels, 1, 8, 8, device="meta")
 
 
-def frame_pieces(frames: int) -> Iterator[Tensor]:
+def frame_clips(frames: int) -> Iterator[Tensor]:
     for _ in range(frames):
         yield torch.empty(1, 3, 1, 64, 64, device="meta")
 
@@ -33,9 +33,9 @@ def peak(stream: Iterator[Tensor]) -> tuple[int, int]:
     """(peak bytes, frames) of a stream that is looked at and thrown away."""
     count = 0
     with MetaProfile() as profile:
-        for piece in stream:
-            count += piece.shape[2]
-            del piece
+        for chunk in stream:
+            count += chunk.shape[2]
+            del chunk
     return profile.peak_bytes, count
 
 
@@ -45,32 +45,32 @@ def meta_vae(family: str, small_state: Callable[..., dict[str, Tensor]]) -> vae_
     return vae_core.load(state, device="meta")
 
 
-def test_decoding_401_frames_peaks_no_higher_than_33(meta_vae: vae_core.VideoVAE) -> None:
+def test_decoding_101_latents_peaks_no_higher_than_9(meta_vae: vae_core.VideoVAE) -> None:
     channels = meta_vae.info.latent_channels
-    short, frames = peak(meta_vae.decode_stream(latent_pieces(channels, 9)))
-    assert frames == 33
-    long, frames = peak(meta_vae.decode_stream(latent_pieces(channels, 101)))
-    assert frames == 401
+    short, frames = peak(meta_vae.decode_stream(latent_clips(channels, 9)))
+    assert frames == meta_vae.info.compression.pixel_frames(9)
+    long, frames = peak(meta_vae.decode_stream(latent_clips(channels, 101)))
+    assert frames == meta_vae.info.compression.pixel_frames(101)
     assert long <= short
 
 
 def test_encoding_401_frames_peaks_no_higher_than_33(meta_vae: vae_core.VideoVAE) -> None:
-    short, latents = peak(meta_vae.encode_stream(frame_pieces(33)))
-    assert latents == 9
-    long, latents = peak(meta_vae.encode_stream(frame_pieces(401)))
-    assert latents == 101
+    short, latents = peak(meta_vae.encode_stream(frame_clips(33)))
+    assert latents == meta_vae.info.compression.latent_frames(33)
+    long, latents = peak(meta_vae.encode_stream(frame_clips(401)))
+    assert latents == meta_vae.info.compression.latent_frames(401)
     assert long <= short
 
 
 def test_a_whole_clip_call_adds_only_its_result(meta_vae: vae_core.VideoVAE) -> None:
     """The result is one tensor, allocated once: no growth by concatenation."""
     channels = meta_vae.info.latent_channels
-    streamed, _ = peak(meta_vae.decode_stream(latent_pieces(channels, 101)))
+    streamed, _ = peak(meta_vae.decode_stream(latent_clips(channels, 101)))
     latent = torch.empty(1, channels, 101, 8, 8, device="meta")
     with MetaProfile() as profile:
         out = meta_vae.decode(latent)
     result = out.numel() * out.element_size()
-    assert out.shape[2] == 401
+    assert out.shape[2] == meta_vae.info.compression.pixel_frames(101)
     assert profile.peak_bytes <= streamed + result + latent.numel() * latent.element_size()
 
 
@@ -78,8 +78,8 @@ RSS = """
 import resource, sys, torch, vae_core
 torch.set_num_threads(1)
 vae = vae_core.load({path!r})
-pieces = (torch.zeros(1, {channels}, 1, 16, 16) for _ in range({latents}))
-frames = sum(piece.shape[2] for piece in vae.decode_stream(pieces))
+clips = (torch.zeros(1, {channels}, 1, 16, 16) for _ in range({latents}))
+frames = sum(chunk.shape[2] for chunk in vae.decode_stream(clips))
 print(frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

@@ -201,12 +201,15 @@ class Family:
         return network
 
     def halves_in(self, shapes: Shapes) -> tuple[Direction, ...]:
-        """The halves of this family that tensors of these names and shapes have."""
-        return tuple(
+        """The halves of this family that tensors of these names and shapes have, be they complete or not; none where
+        neither is told by its tell-tales."""
+        told = {
             direction
             for direction, sets in self.tell_tales.items()
             if any(all(_has(shapes, name, axes) for name, axes in tells.items()) for tells in sets)
-        )
+        }
+        begun = {d for d in DIRECTIONS if any(name.startswith(f"{HALVES[d]}.") for name in shapes)}
+        return tuple(d for d in DIRECTIONS if d in told | begun) if told else ()
 
     def key_map(self, network: Network) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Our name of every tensor of `network`, with its official name and shape."""
