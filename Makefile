@@ -1,7 +1,7 @@
 # make demo   run both demo VAEs over the bundled clip          make test   run the tests
 # make lint   ruff and pyright                                  make clean  remove what the others made
 # make test-comfyui   run the tests inside a ComfyUI checkout: COMFYUI_PATH, COMFYUI_PYTHON; without them it says how
-# Each target sets up everything it needs in .venv; PYTHON chooses the interpreter (3.10 or newer).
+# Each target sets up everything it needs in .venv; PYTHON chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -11,19 +11,6 @@ from torch import Tensor, nn
 from ...vae_core import TilePlan, VideoVAE
 
 
-class Ratio(tuple):
-    """(function of frames, 8, 8), which is 8 to a node that computes with it: ComfyUI 0.3 inpainting does."""
-
-    def __rfloordiv__(self, other: int) -> int:
-        return other // self[-1]
-
-    def __rmod__(self, other: int) -> int:
-        return other % self[-1]
-
-    def __rmul__(self, other: int) -> int:  # type: ignore[override]
-        return other * self[-1]
-
-
 def to_unit(pixels: Tensor) -> Tensor:
     """Pixels from [-1, 1] to [0, 1], clamped; in place and returned, for each version of ComfyUI takes one of them."""
     return pixels.add_(1.0).div_(2.0).clamp_(0.0, 1.0)

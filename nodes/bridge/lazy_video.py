@@ -20,9 +20,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ...vae_core import VideoError
-from ...vae_core.media.audio import Sound
+from ...vae_core.media.sound import Sound
 from ...vae_core.media.video import Codec, Container, VideoWriter
 from .schema import check_choice
+from .written import Form, WrittenFiles, copy_video
 
 Frames = Callable[[int, int], Iterator[Tensor]]
 Audio = Mapping[str, Any]
@@ -43,7 +44,8 @@ class LazyVideo(Input.Video):
     stop - 1 as (t, height, width, 3) in 0..1, in chunks of any length, and is closed when its reader stops early.
     byte_frames: the same in 0..255 as uint8, for files of 8 bits, each chunk good until the next is asked for; None:
     `frames` serves them, too. audio: a ComfyUI AUDIO of the whole video, or None. crf: quality of the file where the
-    one who saves it asks for none.
+    one who saves it asks for none; codec and bits per channel likewise. aspect: width to height of a pixel. copied:
+    called with the file that a second writing is a copy of.
     """
 
     def __init__(
@@ -57,13 +59,19 @@ class LazyVideo(Input.Video):
         byte_frames: Frames | None = None,
         audio: Audio | None = None,
         crf: float = CRF,
+        aspect: Fraction = Fraction(1),
         first_frame: int = 0,
+        codec: str = "auto",
+        bits: int = 8,
+        copied: Callable[[Path], None] | None = None,
     ) -> None:
         self._frames, self._byte_frames = frames, byte_frames
         self._width, self._height = width, height
         self._first, self._count, self._rate = first_frame, frame_count, Fraction(frame_rate)
-        self._audio, self._crf = audio, crf
+        self._audio, self._crf, self._aspect = audio, crf, aspect
+        self._codec, self._bits = codec, bits
         self._file: str | None = None
+        self._written, self._copied = WrittenFiles(), copied
 
     def __repr__(self) -> str:
         size = f"{self._width}x{self._height}"
@@ -93,9 +101,13 @@ class LazyVideo(Input.Video):
         """The container that `get_stream_source` writes, spelt as PyAV spells it."""
         return "mov,mp4,m4a,3gp,3g2,mj2"
 
+    def get_pixel_aspect(self) -> Fraction:
+        """Width to height of a pixel; ComfyUI knows only square ones."""
+        return self._aspect
+
     def get_bit_depth(self) -> int:
         """Bits per channel that are written where nothing else is asked for."""
-        return 8
+        return self._bits
 
     def get_color_space(self) -> str:
         """The colours are those of ordinary video: BT.709."""
@@ -155,6 +167,9 @@ class LazyVideo(Input.Video):
             byte_frames=self._byte_frames,
             audio=self._audio,
             crf=self._crf,
+            aspect=self._aspect,
+            codec=self._codec,
+            bits=self._bits,
             first_frame=self._first + first,
         )
 
@@ -172,6 +187,7 @@ class LazyVideo(Input.Video):
     ) -> None:
         """Write the video while it is decoded; the file gets its name when it is complete.
 
+        Where it was written in this form before, and the file is there still, that is copied, and nothing is decoded.
         format: auto (by the suffix of `path`, else mp4), mp4, mov, mkv or webm; codec: auto (h264, in webm av1), h264,
         av1 or vp9; metadata: values that JSON can hold; bit_depth: 8 or 10; crf: lower is better, None takes that of
         this video. Raises ValueError for anything else.
@@ -179,16 +195,21 @@ class LazyVideo(Input.Video):
         if color_space is not None:
             check_choice("color_space", color_space, _COLOURS)
         container = _container(path, str(getattr(format, "value", format)))
-        name = _codec(container, str(getattr(codec, "value", codec)))
-        bits = bit_depth or 8
+        asked = str(getattr(codec, "value", codec))
+        name = _codec(container, self._codec if asked == "auto" else asked)
+        bits = bit_depth or self._bits
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
         target = path if isinstance(path, (str, os.PathLike)) else cast("BinaryIO", path)
+        form = Form(container=container, codec=name, crf=self._crf if crf is None else crf, bits=bits)
+        if self._copy(form, target, texts):
+            return
         writer = VideoWriter(
             target,
             fps=self._rate,
             size=(self._height, self._width),
+            aspect=self._aspect,
             audio=_sound(self.audio_of()),
-            crf=self._crf if crf is None else crf,
+            crf=form.crf,
             container=container,
             codec=name,
             bits=bits,
@@ -201,6 +222,18 @@ class LazyVideo(Input.Video):
                 else:
                     writer.write(rearrange(chunk, "t h w c -> 1 c t h w") * 2 - 1)
             self._check_count(writer.frames)
+        if isinstance(target, (str, os.PathLike)):
+            self._written.add(form, Path(target))
+
+    def _copy(self, form: Form, target: str | os.PathLike[str] | BinaryIO, texts: Mapping[str, str]) -> bool:
+        """Copy the file that was written in `form` before; False where there is none."""
+        source = self._written.find(form)
+        if source is None:
+            return False
+        copy_video(source, target, form.container, texts)
+        if self._copied is not None:
+            self._copied(source)
+        return True
 
     def _levels(self) -> Generator[Tensor, None, None]:
         """All frames for a file of 8 bits: uint8 where whoever makes them can, else as `chunks`."""

@@ -7,7 +7,7 @@ latents are on the CPU and pass through the device one chunk at a time, in all e
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,11 +20,24 @@ from torch import Tensor
 from ...vae_core import AnyPlan, Direction, NotFiniteError, Plan, TilePlan, VideoVAE, official_state
 from ...vae_core.plan.planner import budget_for, with_margin
 from ...vae_core.run.output import collect
-from .first_stage import Network, Ratio, tiles_of_pixels, to_signed, to_unit
-from .running import Run
-from .schema import GIB
+from .first_stage import Network, tiles_of_pixels, to_signed, to_unit
+from .plan_words import plan_words
+from .ratio import Ratio
+from .running import Run, count_of
+from .schema import GIB, dtype_words
 from .session import SESSION, Gauge, peak_reader
-from .wire import Layout, check_latent, chunks_of, from_video, pixels_of, read_facts, to_video
+from .wire import (
+    Layout,
+    check_latent,
+    chunks_of,
+    from_video,
+    images_of,
+    layout_of,
+    pixels_of,
+    read_facts,
+    samples_of,
+    to_video,
+)
 
 _log = logging.getLogger("cviv-vae")
 SAMPLERS = ("scaling_factor", "shift_factor")  # what files say for the sampler, of latents that VAEs do not scale
@@ -35,17 +48,27 @@ class NativeVideoVAE(comfy.sd.VAE):
     """A video VAE on ComfyUI's VAE wire.
 
     codec: the VAE itself. layout: how it exchanges latents with stock nodes: "frames" (4-D, frames on the batch axis),
-    "video" (5-D) or "images" (4-D, each image by itself). device, dtype: where and in what the network runs.
+    "video" (5-D) or "images" (4-D, each image by itself). device, dtype: where and in what the network runs. chosen:
+    the layout where the user chose it, which then beats what a latent remembers. remarks: for every report.
     """
 
-    def __init__(self, codec: VideoVAE, *, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        codec: VideoVAE,
+        *,
+        layout: Layout,
+        device: torch.device,
+        dtype: torch.dtype,
+        chosen: Layout | None = None,
+        remarks: Sequence[str] = (),
+    ) -> None:
         # the parent's constructor would read a file of another model
-        self.codec, self.layout = codec, layout
+        self.codec, self.layout, self.chosen, self.remarks = codec, layout, chosen, tuple(remarks)
         self.first_stage_model = Network(codec).eval()
         self.latent_channels, self.latent_dim, self.output_channels = codec.info.latent_channels, 3, 3
         self.compression = compression = codec.info.compression
         time, space = compression.time, compression.space
-        self.upscale_ratio = (lambda t: max(0, compression.pixel_frames(t)), space, space)
+        self.upscale_ratio = Ratio((lambda t: max(0, compression.pixel_frames(t)), space, space))
         self.upscale_index_formula = (time, space, space)
         self.downscale_ratio = Ratio((lambda t: max(0, compression.latent_frames(t)), space, space))
         self.downscale_index_formula = (time, space, space)
@@ -143,8 +166,11 @@ class NativeVideoVAE(comfy.sd.VAE):
         facts = read_facts(latent)
         samples: Tensor = latent["samples"]
         check_latent(samples, facts, self.codec.family, self.latent_channels)
-        layout = facts.layout or ("images" if self.layout == "images" else "frames")
-        return to_video(samples, layout)
+        return to_video(samples, layout_of(samples, facts, self.chosen))
+
+    def layout_of(self, latent: dict[str, Any]) -> Layout:
+        """How this VAE takes a LATENT."""
+        return layout_of(samples_of(latent), read_facts(latent), self.chosen)
 
     def decode_chunks(
         self,
@@ -217,6 +243,7 @@ class NativeVideoVAE(comfy.sd.VAE):
             )
             for chunk in _explained(_guarded(stream), self.codec.dtype):
                 gauge.chunk_done()
+                mm.throw_exception_if_processing_interrupted()
                 yield chunk.float()
 
     # --------------------------------------------------------------------------------------------------------- memory
@@ -233,7 +260,9 @@ class NativeVideoVAE(comfy.sd.VAE):
         self, task: Direction, shape: tuple[int, ...], run: Run, budget: int | None, tiles: AnyPlan
     ) -> tuple[AnyPlan, Gauge]:
         """Plan, have ComfyUI make room and put the weights on the device; returns the tiles to use."""
-        run.note(f"{self.codec.family}, {str(self.vae_dtype).removeprefix('torch.')} on {self.device}")
+        run.note(f"{self.codec.family}, {dtype_words(self.vae_dtype)} on {self.device}")
+        for remark in self.remarks:
+            run.note(remark)
         known = SESSION.tiles_for(self._job(task, shape), (budget, tiles))
         plan = self.plan(task, shape, budget) if tiles is None else self._described(tiles, task, shape)
         if known is not None:
@@ -243,9 +272,10 @@ class NativeVideoVAE(comfy.sd.VAE):
                 run.note("memory ran out in an earlier run: begins with what worked then; another budget plans anew")
         if not plan.fits:
             _log.warning("The smallest tiles need more than the memory allowed; trying them.")
-        run.note(plan_words(plan, self.device))
+        for sentence in plan_words(plan, self.device):
+            run.note(sentence)
         mm.load_models_gpu([self.patcher], memory_required=plan.device_bytes, force_full_load=True)
-        run.begin(self.device, plan.tiles)
+        run.begin(self.device, plan.tiles, exact=plan.exact)
         windows = self.codec.model.family.frames
         gauge = Gauge(
             SESSION,
@@ -299,8 +329,10 @@ class NativeVideoVAE(comfy.sd.VAE):
                 SESSION.failed(job)
                 return None
             SESSION.worked(job, asked, smaller)
-            way = self._described(smaller, task, shape).way
-            sentence = f"out of memory after {run.done} frames; went on from there by a smaller plan: {way}"
+            plan = self._described(smaller, task, shape)
+            run.exact = plan.exact
+            after = count_of(run.done, "frame")
+            sentence = f"out of memory after {after}; went on from there by a smaller plan: {plan.way}"
             _log.warning("%s", sentence)
             run.note(sentence)
             return smaller
@@ -310,12 +342,6 @@ class NativeVideoVAE(comfy.sd.VAE):
     def _on_device(self) -> AbstractContextManager[Any]:
         context = getattr(mm, "cuda_device_context", None)
         return nullcontext() if context is None else context(self.device)
-
-
-def plan_words(plan: Plan, device: torch.device) -> str:
-    """A plan in words; on a CPU the memory of the device is RAM."""
-    words = str(plan)
-    return words.replace("Device memory: about", "RAM to work in: about") if device.type == "cpu" else words
 
 
 def collect_images(chunks: Iterable[Tensor], clips: int, frames: int) -> Tensor:
@@ -341,7 +367,7 @@ def budget_bytes(gib: float) -> int | None:
 def _counted(chunks: Iterable[Tensor], run: Run) -> Iterator[Tensor]:
     for chunk in chunks:
         yield chunk
-        run.step(chunk.shape[2])
+        run.step(chunk.shape[2], images_of(chunk[:, :, -1:])[0, 0])
 
 
 def _guarded(stream: Iterator[Tensor]) -> Iterator[Tensor]:

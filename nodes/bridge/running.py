@@ -6,6 +6,7 @@ import html
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management as mm
@@ -27,11 +28,19 @@ class Run:
     """Progress, preview, cancel and report of one pass over `total` frames.
 
     node_id: of the node that shows bar, preview and text; None for a stock node, which gets the bar alone.
-    preview: whether to show the newest frame.
+    preview: whether to show the newest frame. size: (height, width) of the frames, for the report.
     """
 
-    def __init__(self, total: int, *, node_id: str | None = None, preview: bool = False) -> None:
-        self.total, self.done = total, 0
+    def __init__(
+        self,
+        total: int,
+        *,
+        node_id: str | None = None,
+        preview: bool = False,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.total, self.done, self._size = total, 0, size
+        self.exact: bool | None = None  # whether the result is that of whole frames; None: not known
         self._node_id, self._preview = node_id, preview and node_id is not None
         self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
         self._lines: list[str] = []
@@ -40,11 +49,11 @@ class Run:
         self.tiles: AnyPlan = None  # that the work began in
         self._ram_before = 0
 
-    def begin(self, device: torch.device, tiles: AnyPlan = None) -> None:
+    def begin(self, device: torch.device, tiles: AnyPlan = None, *, exact: bool | None = None) -> None:
         """The work starts, on `device` in `tiles`: clock and peak of memory are set to zero, the first time."""
         if self._device is not None:
             return
-        self.tiles = tiles
+        self.tiles, self.exact = tiles, exact
         self._start, self._device, self._ram_before = time.monotonic(), device, most_ram()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -69,34 +78,41 @@ class Run:
             self._lines.append(sentence)
 
     def finish(self) -> str:
-        """The report: what ran, how long it took, the peak of memory. Its first line takes the place of the status."""
-        seconds = time.monotonic() - self._start
-        rate = f", {self.done / seconds:.1f} frames per second" if seconds > 0 and self.done else ""
-        lines = [f"{self.done} frames in {seconds:.1f} s{rate}"]
+        """The report: a line with what was done, how long it took and the peak of memory; then the notes, one a line.
+
+        The first line takes the place of the status, and is the one line on the console.
+        """
+        head = ", ".join(self._figures(time.monotonic() - self._start))
+        _log.info("%s", head)
+        self._say(head)
+        return "\n".join((head, *self._lines))
+
+    def _figures(self, seconds: float) -> Iterator[str]:
+        size = "" if self._size is None else f" {self._size[1]}x{self._size[0]}"
+        yield f"{count_of(self.done, 'frame')}{size}"
+        yield clock(seconds) if seconds >= 10 else f"{seconds:.1f} s"
+        if seconds > 0 and self.done:
+            yield f"{self.done / seconds:.1f} fps"
+        if self.exact is not None:
+            yield "exact" if self.exact else "not exact: blended"
         if self._device is not None:
-            lines.append(self._peak(self._device))
-        lines.extend(self._lines)
-        report = "\n".join(lines)
-        _log.info("%s", "; ".join(lines))
-        self._say(lines[0])
-        return report
+            yield from self._peak(self._device)
 
     def close(self) -> None:
         """Mark the node as done where it works after its own turn: a VIDEO is decoded while it is saved."""
         if self._node_id is not None:
             get_progress_state().finish_progress(self._node_id)
 
-    def _peak(self, device: torch.device) -> str:
+    def _peak(self, device: torch.device) -> Iterator[str]:
+        """The most memory that was in use; on a CPU all that ComfyUI holds counts, and only a new peak is told."""
         if device.type == "cuda":
-            return f"peak {torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB on {device}, weights included"
-        now = most_ram()
-        if now > self._ram_before:
-            return f"peak {now / GIB:.2f} GiB of RAM, all that ComfyUI holds included"
-        return f"ComfyUI took no more RAM than before: its peak stays {now / GIB:.2f} GiB"
+            yield f"peak {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB"
+        elif most_ram() > self._ram_before:
+            yield f"peak {most_ram() / GIB:.1f} GiB RAM"
 
     def _status(self, now: float) -> str:
         left = (now - self._start) / max(self.done, 1) * (self.total - self.done)
-        return f"{self.done} of {self.total} frames, {_clock(left)} left"
+        return f"{self.done} of {self.total} frames, {clock(left)} left"
 
     def _say(self, text: str) -> None:
         if self._node_id is not None:
@@ -115,17 +131,29 @@ def most_ram() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def report_ui(report: str) -> dict[str, tuple[str]]:
-    """The `ui` of a node that keeps its report in sight: web/js/report.js writes it on the node."""
-    return {"text": (report,)}
+def count_of(number: int, word: str) -> str:
+    """A number of things: 1 frame, 2 frames."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def report_ui(report: str, *, unfolded: bool = False) -> dict[str, Any]:
+    """The `ui` of a node that keeps its report in sight: web/js/report.js writes it on the node, the first line alone
+    unless it is to be `unfolded`: a click shows the rest.
+    """
+    return {"text": (report,), **({"cviv_unfolded": (True,)} if unfolded else {})}
 
 
 def keep_report(report: str, node_id: str) -> None:
     """Put a report on a node that works after its own turn, by the message that ComfyUI sends at the end of a turn."""
+    send_output(report_ui(report), node_id)
+
+
+def send_output(output: dict[str, Any], node_id: str) -> None:
+    """Give a node an output for the page outside its own turn; without a server nothing happens."""
     server = _server()
     if server is None:
         return
-    message = {"node": node_id, "display_node": node_id, "output": report_ui(report)}
+    message = {"node": node_id, "display_node": node_id, "output": output}
     message["prompt_id"] = getattr(server, "last_prompt_id", None)
     server.send_sync("executed", message, server.client_id)
 
@@ -145,7 +173,8 @@ def _server() -> Any:
     return getattr(PromptServer, "instance", None)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration in words."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

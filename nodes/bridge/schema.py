@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 CATEGORY = "video vae"
@@ -57,15 +58,26 @@ def budget_input() -> Any:
     )
 
 
-def preview_input() -> Any:
-    """The input `preview` of the decoding nodes."""
+def preview_input(*, optional: bool = False) -> Any:
+    """The input `preview` of the nodes that encode and decode."""
     return field(
         io.Boolean,
         "preview",
         default=True,
-        tooltip="Show the newest frame on this node while it decodes.",
+        optional=optional,
+        tooltip="Show the newest frame on this node while it works.",
         advanced=True,
     )
+
+
+def dtype_words(dtype: torch.dtype) -> str:
+    """A number format as users know it: float32, bfloat16, float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def size_words(count: int) -> str:
+    """A number of bytes in words."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / (1 << 20):.0f} MiB"
 
 
 def check_choice(what: str, got: str, allowed: tuple[str, ...]) -> None:

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from comfy_api.latest import Input, InputImpl
 from torch import Tensor
 
 from ...vae_core import VideoError
-from ...vae_core.media.audio import read_sound
-from ...vae_core.media.video import frame_times, probe, read_frames
+from ...vae_core.media.sound import read_sound
+from ...vae_core.media.timeline import Timeline
+from ...vae_core.media.video import losses, probe, read_shown, timeline_of
 from .lazy_video import LazyVideo, cut_audio
 from .wire import CHUNK, chunks_of, pixels_of
 
@@ -37,7 +37,8 @@ class Clip:
     """Frames that a node works on.
 
     name: in messages. read: its `frames` frames, from the first on each time, as (1, 3, t, height, width) in [-1, 1],
-    any t. fps: None for images.
+    any t. fps: None for images. aspect: width to height of a pixel. sound: reads the sound of these frames. remarks:
+    what a user may not expect, as sentences without a dot.
     """
 
     name: str
@@ -46,6 +47,13 @@ class Clip:
     height: int
     width: int
     fps: Fraction | None
+    aspect: Fraction = Fraction(1)
+    sound: Callable[[], dict[str, Any] | None] | None = None
+    remarks: tuple[str, ...] = ()
+
+    def audio(self) -> dict[str, Any] | None:
+        """The sound of these frames as an AUDIO, or None where there is none."""
+        return None if self.sound is None else self.sound()
 
     def __str__(self) -> str:
         return f"{self.name} has {self.frames} frames of {self.width}x{self.height}"
@@ -62,7 +70,7 @@ class Clip:
 
 
 class VideoSource(ABC):
-    """A VIDEO as it is read: width and height in pixels, fps, and its frames and sound in parts.
+    """A VIDEO as it is read: width and height in pixels, shape of a pixel, fps, and its frames and sound in parts.
 
     A part is the frames from `first` on, counted from 0, `count` of them; None, and a number beyond the end, mean all
     the rest. Raises VideoError where `first` is beyond the end.
@@ -70,7 +78,12 @@ class VideoSource(ABC):
 
     width: int
     height: int
-    fps: Fraction
+    aspect: Fraction = Fraction(1)
+
+    @property
+    @abstractmethod
+    def fps(self) -> Fraction:
+        """Frames per second."""
 
     @property
     @abstractmethod
@@ -91,47 +104,80 @@ class VideoSource(ABC):
     def frames(self, first: int = 0, count: int | None = None, chunk: int = CHUNK) -> Iterator[Tensor]:
         """The frames of a part as (1, 3, t, height, width) in [-1, 1], t up to `chunk`; holds one such chunk."""
         first, stop = self._span(first, count)
-        if count is not None and stop - first < count:
-            _log.warning("The video has %d frames from frame %d on, fewer than %d.", stop - first, first, count)
         return self._read(first, stop, chunk)
 
     def clip(self, name: str, first: int = 0, count: int | None = None) -> Clip:
         """The frames of a part."""
+        start, stop = self._span(first, count)
         return Clip(
             name=name,
             read=lambda: self.frames(first, count),
-            frames=self.count(first, count),
+            frames=stop - start,
             height=self.height,
             width=self.width,
             fps=self.fps,
+            aspect=self.aspect,
+            sound=lambda: self.audio(first, count),
+            remarks=(*past_the_end(first, count, stop), *self.told(first, count)),
         )
+
+    def told(self, first: int = 0, count: int | None = None) -> list[str]:
+        """What of a part does not come through as it is, as sentences without a dot."""
+        return []
 
     def audio(self, first: int = 0, count: int | None = None) -> dict[str, Any] | None:
         """The sound of a part as an AUDIO, or None where there is none."""
         return self._sound(*self._span(first, count))
 
     def _span(self, first: int, count: int | None) -> tuple[int, int]:
-        if not 0 <= first < self.total:
-            raise VideoError(
-                f"The video has {self.total} frames, numbered from 0; a start at frame {first} is beyond them. Give a "
-                "smaller first frame."
-            )
+        checked_first(first, self.total)
         return first, self.total if count is None else min(first + count, self.total)
 
 
-def clip_of(video: Any, name: str, count: int | None = None) -> Clip:
-    """The first `count` frames, None for all, of a VIDEO or an IMAGE. Raises ValueError where it is neither."""
+def clip_of(video: Any, name: str, count: int | None = None, *, first: int = 0, skip_damage: bool = False) -> Clip:
+    """`count` frames, None for all, of a VIDEO or an IMAGE from `first` on. Raises ValueError where it is neither.
+
+    skip_damage: a frame that is missing in a damaged file shows the one before, instead of an error.
+    """
     if isinstance(video, Input.Video):
-        return open_video(video).clip(name, count=count)
+        return open_video(video, skip_damage=skip_damage).clip(name, first, count)
     if not isinstance(video, Tensor):
         raise ValueError(f"{name} is a {type(video).__name__}; connect an IMAGE batch or a VIDEO.")
-    pixels = pixels_of(video)[:count]
+    total = video.shape[0]
+    pixels = pixels_of(video[checked_first(first, total) :][:count])
     frames, height, width, _ = pixels.shape
-    return Clip(name=name, read=lambda: chunks_of(pixels), frames=frames, height=height, width=width, fps=None)
+    return Clip(
+        name=name,
+        read=lambda: chunks_of(pixels),
+        frames=frames,
+        height=height,
+        width=width,
+        fps=None,
+        remarks=past_the_end(first, count, total),
+    )
 
 
-def open_video(video: Any) -> VideoSource:
-    """Look at a VIDEO without decoding it. Raises ValueError where it is none, or has no picture."""
+def checked_first(first: int, total: int) -> int:
+    """`first` itself. Raises VideoError where a clip of `total` frames has no such frame."""
+    if not 0 <= first < total:
+        raise VideoError(
+            f"The video has {total} frames, numbered from 0; a start at frame {first} is beyond them. Give a smaller "
+            "first frame."
+        )
+    return first
+
+
+def past_the_end(first: int, count: int | None, total: int) -> tuple[str, ...]:
+    """A sentence where fewer frames are there than were asked for."""
+    if count is None or first + count <= total:
+        return ()
+    return (
+        f"{count} frames from frame {first} on were asked for, and the video ends after {total}: {total - first} taken",
+    )
+
+
+def open_video(video: Any, *, skip_damage: bool = False) -> VideoSource:
+    """Look at a VIDEO. Raises ValueError where it is none, or has no picture. skip_damage: as in `clip_of`."""
     if not isinstance(video, Input.Video):
         raise ValueError(f"Got {type(video).__name__} where a VIDEO is needed: connect Load Video or Create Video.")
     if isinstance(video, LazyVideo):
@@ -142,10 +188,10 @@ def open_video(video: Any) -> VideoSource:
     begin, duration = window() if window is not None else (0.0, 0.0)
     source = video.get_stream_source()
     if isinstance(source, (str, os.PathLike)):
-        return _FileSource(Path(source), begin, duration)
+        return _FileSource(Path(source), begin, duration, skip_damage=skip_damage)
     path = _temporary(source)
     try:
-        opened = _FileSource(path, begin, duration)
+        opened = _FileSource(path, begin, duration, skip_damage=skip_damage)
     except BaseException:
         _remove(path)
         raise
@@ -157,8 +203,12 @@ class _LazySource(VideoSource):
     """Frames straight from what decodes them."""
 
     def __init__(self, video: LazyVideo) -> None:
-        self._video, self.fps = video, video.get_frame_rate()
+        self._video, self.aspect = video, video.get_pixel_aspect()
         self.width, self.height = video.get_dimensions()
+
+    @property
+    def fps(self) -> Fraction:
+        return self._video.get_frame_rate()
 
     @property
     def total(self) -> int:
@@ -178,8 +228,12 @@ class _TensorSource(VideoSource):
 
     def __init__(self, components: Any) -> None:
         self._images, self._audio = pixels_of(components.images), components.audio
-        self.fps = Fraction(components.frame_rate)
+        self._rate = Fraction(components.frame_rate)
         _, self.height, self.width, _ = self._images.shape
+
+    @property
+    def fps(self) -> Fraction:
+        return self._rate
 
     @property
     def total(self) -> int:
@@ -193,46 +247,87 @@ class _TensorSource(VideoSource):
 
 
 class _FileSource(VideoSource):
-    """Frames of a file from the time `begin` on, `duration` seconds, 0 for all; every frame is kept as it is."""
+    """Frames of a file from the time `begin` on, `duration` seconds, 0 for all, at a constant rate.
 
-    def __init__(self, path: Path, begin: float, duration: float) -> None:
+    Where the frames of the file are not evenly spaced, some are dropped and some shown again, so that sound stays.
+    """
+
+    def __init__(self, path: Path, begin: float, duration: float, *, skip_damage: bool) -> None:
         info = probe(path)
-        self._path, self._info = path, info
+        self._path, self._info, self._skip_damage = path, info, skip_damage
         self._begin = Fraction(begin)
         self._end = self._begin + Fraction(duration) if duration else None
-        self.width, self.height, self.fps = info.width, info.height, info.fps
-        if info.hdr:
-            _log.warning("%s is HDR; its values are taken as they are, without tone mapping.", path)
+        self._timeline: Timeline | None = None
+        self._all: list[int] | None = None
+        self.width, self.height, self.aspect = info.width, info.height, info.aspect
 
-    @cached_property
-    def _times(self) -> list[Fraction]:
-        """When each frame of the whole file is shown; even steps where the file does not say."""
-        times = frame_times(self._path)
-        if not times:
-            known = self._info.frames or sum(chunk.shape[2] for chunk in read_frames(self._path))
-            times = [number / self.fps for number in range(known)]
-        return times
-
-    @cached_property
-    def _window(self) -> tuple[int, int]:
-        """First frame of the file that belongs to the video, and the one after the last."""
-        end = self._end
-        first = sum(time < self._begin - _TICK for time in self._times) if self._begin else 0
-        stop = len(self._times) if end is None else sum(time < end - _TICK for time in self._times)
-        return first, stop
+    @property
+    def fps(self) -> Fraction:
+        return self._known().fps
 
     @property
     def total(self) -> int:
-        first, stop = self._window
-        return max(0, stop - first)
+        return len(self._shown())
+
+    def told(self, first: int = 0, count: int | None = None) -> list[str]:
+        first, stop = self._span(first, count)
+        shown, timeline = self._shown(stop)[first:stop], self._known()
+        endings = [*timeline.told(shown[0], shown[-1] + 1), *losses(self._info)]
+        if not timeline.even:
+            apart = shown[-1] + 1 - shown[0] - len(set(shown))
+            again = len(shown) - len(set(shown))
+            endings.append(
+                f"has a varying frame rate: of its frames {apart} are dropped and {again} shown again at "
+                f"{float(timeline.fps):g} per second, so that sound stays in time"
+            )
+        return [f"{self._path.name} {ending}" for ending in endings]
+
+    def _known(self, stop: int | None = None) -> Timeline:
+        """The timeline, as far as it was needed; decodes what is missing."""
+        if self._timeline is None or not (self._timeline.whole or (stop is not None and len(self._timeline) > stop)):
+            found = timeline_of(self._path, stop)
+            # uneven frames, and a part chosen by time, need all of it
+            whole = found.whole or (stop is not None and found.even and self._end is None and not self._begin)
+            self._timeline, self._all = found if whole else timeline_of(self._path), None
+        return self._timeline
+
+    def _shown(self, stop: int | None = None) -> list[int]:
+        """For each frame of the video the frame of the file that is shown; up to `stop` at least."""
+        timeline = self._known(stop)
+        if self._all is None:
+            times = timeline.times()  # on the file's own clock, as ComfyUI takes the ends of a part
+            early = sum(time < self._begin - _TICK for time in times) if self._begin else 0
+            late = len(times) if self._end is None else sum(time < self._end - _TICK for time in times)
+            if late <= early:
+                raise VideoError(f"{self._path}: no frame lies in the part that was chosen; choose another.")
+            even = timeline.even
+            self._all = list(range(early, late)) if even else timeline.resampled(timeline.fps, early, late)
+        return self._all
 
     def _read(self, first: int, stop: int, chunk: int) -> Iterator[Tensor]:
-        yield from read_frames(self._path, self._window[0] + first, stop - first, chunk)
+        shown, timeline = self._shown(stop)[first:stop], self._known()
+        if timeline.resized is not None and shown[0] < timeline.resized.frame <= shown[-1]:
+            raise VideoError(f"{self._path}: {timeline.resized.words()}")
+        if not self._skip_damage:
+            timeline.check(self._path, shown[0], shown[-1] + 1)
+        yield from read_shown(self._path, timeline, shown, chunk)
+
+    def _span(self, first: int, count: int | None) -> tuple[int, int]:
+        if first >= 0 and count is not None:
+            known = len(self._shown(first + count))
+            if known >= first + count:
+                return first, first + count
+        return super()._span(first, count)
 
     def _sound(self, first: int, stop: int) -> dict[str, Any] | None:
-        first, stop = self._window[0] + first, self._window[0] + stop
-        end = self._times[stop] if stop < len(self._times) else self._times[-1] + 1 / self.fps
-        sound = read_sound(self._path, self._times[first], end)
+        shown, timeline = self._shown(stop), self._known()
+        if timeline.even:
+            begin = timeline.time(shown[first])
+            end = timeline.time(shown[stop] if stop < len(shown) else shown[-1] + 1)
+        else:
+            zero = timeline.time(shown[0])
+            begin, end = zero + first / timeline.fps, zero + stop / timeline.fps
+        sound = read_sound(self._path, begin, end, timeline.shifts)
         return None if sound is None else {"waveform": sound.samples[None], "sample_rate": sound.rate}
 
 

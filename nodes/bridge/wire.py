@@ -29,7 +29,7 @@ class Facts:
     """What is known of the video behind a latent; None where it is not known.
 
     family: of the VAE that made it. fps: frames per second. frames, height, width: true length and size in frames and
-    pixels, before any padding. layout: how `samples` is laid out.
+    pixels, before any padding. aspect: width to height of a pixel. layout: how `samples` is laid out.
     """
 
     family: str | None = None
@@ -37,6 +37,7 @@ class Facts:
     frames: int | None = None
     height: int | None = None
     width: int | None = None
+    aspect: Fraction | None = None
     layout: Layout | None = None
 
     @property
@@ -69,6 +70,20 @@ class Facts:
     def size(self) -> tuple[int, int] | None:
         """(height, width), or None where not known."""
         return None if self.height is None or self.width is None else (self.height, self.width)
+
+
+class NotForSamplers(list[int]):
+    """The `batch_index` of a latent that no sampler can use: whoever makes noise for it gets a sentence, not noise.
+
+    It numbers the items of the batch, which ComfyUI's samplers turn into an array before they draw noise.
+    """
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            "This latent is of an IV-VAE, whose latent space is its own: no sampler of ComfyUI was trained on it, and "
+            "the result would be noise or an error. Encode with a CV-VAE, or with the VAE of the sampler's model; "
+            "latents of an IV-VAE are for Video VAE Decode."
+        )
 
 
 def samples_of(latent: Mapping[str, Any]) -> Tensor:
@@ -112,6 +127,7 @@ def read_facts(latent: Mapping[str, Any]) -> Facts:
         frames=frames,
         height=height,
         width=width,
+        aspect=_fraction(raw.get("aspect")),
         layout=layout,
     )
 
@@ -124,13 +140,17 @@ def make_latent(samples: Tensor, facts: Facts, layout: Layout, base: Mapping[str
         "frames": facts.frames,
         "height": facts.height,
         "width": facts.width,
+        "aspect": None if facts.aspect in (None, 1) else str(facts.aspect),
         "layout": layout,
     }
-    return {
+    latent = {
         **(base or {}),
         "samples": samples,
         FACTS: {name: value for name, value in told.items() if value is not None},
     }
+    if facts.own_space:
+        latent["batch_index"] = NotForSamplers(range(samples.shape[0]))
+    return latent
 
 
 def to_video(samples: Tensor, layout: Layout, clips: int = 1) -> Tensor:
@@ -145,6 +165,18 @@ def to_video(samples: Tensor, layout: Layout, clips: int = 1) -> Tensor:
             "clips that divides them."
         )
     return rearrange(samples, "(b t) c h w -> b c t h w", b=clips)
+
+
+def layout_of(samples: Tensor, facts: Facts, chosen: Layout | None) -> Layout:
+    """How to take a LATENT's tensor: 5-D is a video; of 4-D the user's choice decides, then what the latent remembers.
+
+    chosen: the layout that the user chose in Load Video VAE; None where he left it to us.
+    """
+    if samples.ndim == 5:
+        return "video"
+    if chosen in ("frames", "images"):
+        return chosen
+    return facts.layout or "frames"
 
 
 def from_video(z: Tensor, layout: Layout) -> Tensor:
@@ -221,7 +253,9 @@ def _fraction(value: object) -> Fraction | None:
 
 def _who_makes(channels: int) -> str:
     return {
-        4: "cv-vae (SD 1.5, SD 2.1, SVD), an image VAE with z 4 or an IV-VAE with z 4",
-        8: "an IV-VAE with z 8",
-        16: "cv-vae-sd3 (SD3, SD3.5), an image VAE with z 16 or an IV-VAE with z 16",
+        4: "cv-vae or an image VAE with z 4 for SD 1.5, SD 2.1 and SVD; an IV-VAE with z 4 for its own",
+        8: "an IV-VAE with z 8 for its own",
+        16: "cv-vae-sd3 or an image VAE with z 16 for SD3 and SD3.5 alone, an IV-VAE with z 16 for its own. Flux, Wan, "
+        "Hunyuan Video, Qwen-Image and others have 16 channels, too, in latent spaces of their own: use the VAE of "
+        "that model there, by ComfyUI's Load VAE and VAE Decode",
     }.get(channels, "no VAE of this pack makes such latents, so use the VAE of the model that sampled it")

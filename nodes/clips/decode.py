@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
@@ -18,32 +18,26 @@ from torch import Tensor
 from ..bridge.lazy_video import LazyVideo
 from ..bridge.native import NativeVideoVAE, budget_bytes, collect_images, require
 from ..bridge.running import Run, keep_report, report_ui
-from ..bridge.schema import GIB, budget_input, describe, field, latent_input, preview_input, vae_input
-from ..bridge.wire import Facts, rate_of, read_facts
+from ..bridge.schema import (
+    GIB,
+    budget_input,
+    check_choice,
+    describe,
+    field,
+    latent_input,
+    preview_input,
+    size_words,
+    vae_input,
+)
+from ..bridge.truth import check_finite, decoded_facts
+from ..bridge.wire import Facts, rate_of
 from ..latents.files import save_latent
 
 DEFAULT_FPS = Fraction(24)  # where neither the latent nor the user says
+CODECS, BITS = ("auto", "h264", "av1", "vp9"), ("8", "10")
 RESCUED = "latents/undecoded"  # the name below the output folder of a latent whose decode failed
 
 _log = logging.getLogger("cviv-vae")
-
-
-def _facts(latent: dict[str, Any], z: Tensor, vae: NativeVideoVAE) -> tuple[Facts, list[str]]:
-    """Facts with frame count and size filled in for the decoded clip, and sentences about what was not known."""
-    made, family, compression = read_facts(latent), vae.codec.family, vae.compression
-    facts, told = made.decoded_by(family), list[str]()
-    if facts is not made:
-        told.append(f"the latent was made by {made.family}; {family} makes {compression.time} frame(s) of each latent")
-    available = compression.pixel_frames(z.shape[2])
-    height, width = z.shape[-2] * compression.space, z.shape[-1] * compression.space
-    if facts.frames is None or facts.size is None:
-        told.append("the latent does not say the video's true length or size: all that it decodes to is given")
-    return replace(
-        facts,
-        frames=available if facts.frames is None else facts.frames,
-        height=height if facts.size is None else facts.height,
-        width=width if facts.size is None else facts.width,
-    ), told
 
 
 def _save_on_failure_input() -> Any:
@@ -56,6 +50,13 @@ def _save_on_failure_input() -> Any:
         "on, so that the sampling is not lost; the error names the file. Not after Cancel.",
         advanced=True,
     )
+
+
+def _understood(vae: NativeVideoVAE, latent: dict[str, Any]) -> tuple[Tensor, Facts, list[str]]:
+    """(b, z, t, h, w) of a LATENT, what is known of each clip, and sentences for the report. Raises ValueError."""
+    z = vae.video_latent(latent)
+    check_finite(latent)
+    return z, *decoded_facts(latent, z, vae.layout_of(latent), vae.codec.family)
 
 
 @contextmanager
@@ -90,8 +91,8 @@ class Decode(io.ComfyNode):
         return describe(
             node_id="CVIV_Decode",
             display_name="Video VAE Decode",
-            description="Decodes a clip chunk by chunk into one buffer: device memory does not grow with its length. "
-            "Gives back the true number of frames and size where the latent knows them.",
+            description="Decodes a clip a few frames at a time into one buffer: device memory does not grow with its "
+            "length. Gives back the true number of frames and size where the latent knows them.",
             search_aliases=["cv-vae decode", "iv-vae decode", "vae decode video", "tiled decode"],
             inputs=[vae_input(), latent_input(), budget_input(), preview_input(), _save_on_failure_input()],
             outputs=[
@@ -101,9 +102,7 @@ class Decode(io.ComfyNode):
                     "Decode to Video, which never holds them all.",
                 ),
                 io.Float.Output(display_name="fps", tooltip="Frames per second that the latent remembers, else 24."),
-                io.String.Output(
-                    display_name="report", tooltip="What ran, in which chunks and tiles, how long, how much memory."
-                ),
+                io.String.Output(display_name="report", tooltip="What ran, how long, how much memory, exact or not."),
             ],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
@@ -114,14 +113,17 @@ class Decode(io.ComfyNode):
         cls, vae: Any, samples: Any, memory_budget_gb: float, preview: bool, save_latent_on_failure: bool = True
     ) -> io.NodeOutput:
         vae = require(vae)
-        z = vae.video_latent(samples)
-        facts, told = _facts(samples, z, vae)
-        run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview)
+        z, facts, told = _understood(vae, samples)
+        run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview, size=facts.size)
         budget = budget_bytes(memory_budget_gb)
         with _latent_kept(samples, vae, wanted=save_latent_on_failure):
             chunks = vae.decode_chunks(z, run, frames=facts.frames, size=facts.size, budget=budget, lent=True)
             images = collect_images(chunks, z.shape[0], facts.frames).flatten(0, 1)
-        for sentence in (*told, f"the images take {images.nbytes / GIB:.2f} GiB of RAM"):
+        if images.nbytes >= GIB:
+            run.note(
+                f"the images take {size_words(images.nbytes)} of RAM; Video VAE Decode to Video never holds them all"
+            )
+        for sentence in told:
             run.note(sentence)
         report = run.finish()
         return io.NodeOutput(images, float(facts.fps or DEFAULT_FPS), report, ui=report_ui(report))
@@ -136,7 +138,8 @@ class DecodeToVideo(io.ComfyNode):
             node_id="CVIV_DecodeToVideo",
             display_name="Video VAE Decode to Video",
             description="Gives a VIDEO that decodes while Save Video (or any node that takes a VIDEO) writes it, so "
-            "that 10,000 frames need no more memory than 100. Every node that takes it decodes it once more.",
+            "that 10,000 frames need no more memory than 100. The same file a second time is a copy; a node that needs "
+            "the frames themselves, or another file, decodes once more.",
             search_aliases=["cv-vae decode video", "latent to video", "decode to file"],
             inputs=[
                 vae_input(),
@@ -164,6 +167,26 @@ class DecodeToVideo(io.ComfyNode):
                 preview_input(),
                 field(io.Audio, "audio", optional=True, tooltip="Sound for the video; cut to its length."),
                 _save_on_failure_input(),
+                field(
+                    io.Combo,
+                    "codec",
+                    options=list(CODECS),
+                    default="auto",
+                    optional=True,
+                    tooltip="Codec of the file where the saving node says auto. auto: h264, which plays everywhere; "
+                    "av1 and vp9 give smaller files and are slower.",
+                    advanced=True,
+                ),
+                field(
+                    io.Combo,
+                    "bit_depth",
+                    options=list(BITS),
+                    default="8",
+                    optional=True,
+                    tooltip="Bits per channel in the file where the saving node does not say. 10 keeps smooth skies "
+                    "smooth; not every player shows it. For 16 bits save images with Save Image Sequence.",
+                    advanced=True,
+                ),
             ],
             outputs=[io.Video.Output(display_name="video", tooltip="For Save Video. Nothing is decoded before that.")],
             hidden=[io.Hidden.unique_id],
@@ -180,19 +203,23 @@ class DecodeToVideo(io.ComfyNode):
         preview: bool,
         audio: Any = None,
         save_latent_on_failure: bool = True,
+        codec: str = "auto",
+        bit_depth: str = "8",
     ) -> io.NodeOutput:
+        check_choice("codec", codec, CODECS)
+        check_choice("bit_depth", bit_depth, BITS)
         vae = require(vae)
-        z = vae.video_latent(samples)
+        z, facts, told = _understood(vae, samples)
         if z.shape[0] != 1:
+            what = "separate images" if vae.layout_of(samples) == "images" else "clips"
             raise ValueError(
-                f"The latent holds {z.shape[0]} clips and a VIDEO is one: take them apart with Latent From Batch, or "
-                "use Video VAE Decode."
+                f"The latent holds {z.shape[0]} {what} and a VIDEO is one clip: use Video VAE Decode, take them apart "
+                "with Latent From Batch, or choose another latent_layout in Load Video VAE."
             )
-        facts, told = _facts(samples, z, vae)
         node_id = cls.hidden.unique_id
 
         def frames(start: int, stop: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-            run = Run(stop, node_id=node_id, preview=preview)
+            run = Run(stop, node_id=node_id, preview=preview, size=facts.size)
             for sentence in told:
                 run.note(sentence)
             chunks = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id, dtype)
@@ -208,8 +235,17 @@ class DecodeToVideo(io.ComfyNode):
             frame_rate=rate_of(fps) or facts.fps or DEFAULT_FPS,
             audio=audio,
             crf=crf,
+            aspect=facts.aspect or Fraction(1),
+            codec=codec,
+            bits=int(bit_depth),
+            copied=partial(_say_copied, node_id),
         )
         return io.NodeOutput(video)
+
+
+def _say_copied(node_id: str, source: Path) -> None:
+    """The report of a run that decoded nothing."""
+    keep_report(f"nothing decoded: copied from {source.name}, which this clip was written to before", node_id)
 
 
 def _part(
@@ -223,7 +259,7 @@ def _part(
     node_id: str,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """Frames `start` to `stop` as (t, h, w, 3) chunks; those before are decoded, too, since each builds on them.
+    """Frames `start` to `stop` as (t, h, w, 3), a few at a time; those before are decoded, too: each builds on them.
 
     In 8 bits they are for the encoder of a file, which keeps none.
     """

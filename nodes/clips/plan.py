@@ -7,9 +7,10 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ...vae_core.pictures import draw_plan
-from ..bridge.native import budget_bytes, plan_words, require
-from ..bridge.running import report_ui
-from ..bridge.schema import GIB, budget_input, check_choice, describe, field, vae_input
+from ..bridge.native import budget_bytes, require
+from ..bridge.plan_words import plan_words
+from ..bridge.running import count_of, report_ui
+from ..bridge.schema import budget_input, check_choice, describe, dtype_words, field, size_words, vae_input
 from ..bridge.wire import image_of
 
 DIRECTIONS = ("decode", "encode")
@@ -54,12 +55,14 @@ class PlanNode(io.ComfyNode):
         else:
             shape = (1, 3, frames, height, width)
         plan = vae.plan(direction, shape, budget)
-        title = (
-            f"{direction} {frames} frames of {width}x{height} with {vae.codec.family}, "
-            f"{str(vae.vae_dtype).removeprefix('torch.')}, budget {budget / GIB:.1f} GiB"
-        )
-        image = image_of(draw_plan(plan, (height, width), frames, title))
-        report = f"{title}\n{plan_words(plan, vae.device)}"
+        exact = "exact" if plan.exact else "not exact: blended"
+        head = f"{direction} {count_of(frames, 'frame')} {width}x{height}: {exact}"
+        words = [
+            f"{vae.codec.family}, {dtype_words(vae.vae_dtype)} on {vae.device}, budget {size_words(budget)}",
+            *plan_words(plan, vae.device),
+        ]
+        image = image_of(draw_plan(plan, (height, width), frames, head, words))
+        report = "\n".join((head, *words))
         shown = ui.PreviewImage(image, cls=cls).as_dict() | report_ui(report)
         return io.NodeOutput(image, report, ui=shown)
 

@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from ...vae_core.metrics import FlickerMeter, check_pair, frame_quality, phase_means
+from ..bridge.running import count_of
 from .chart import draw_quality
 from .wipe import MOST_FRAMES, SIDE, WipeRecorder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """The result. chart: an RGB picture; table: Markdown; report: a few lines; ui: for the wipe player."""
+    """The result. chart: an RGB picture; table: Markdown; report: a line and more; ui: for the wipe player."""
 
     chart: Image.Image
     table: str
@@ -64,11 +65,11 @@ class Comparison:
         numbers = {"PSNR (dB)": self._psnr, "SSIM": self._ssim}
         ui = self._recorder.payload(numbers)
         height, width = self._size
-        title = f"{self._labels[1]} against {self._labels[0]}: {len(self._psnr)} frames of {width}x{height}"
+        frames = count_of(len(self._psnr), "frame")
+        title = f"{self._labels[1]} against {self._labels[0]}: {frames} of {width}x{height}"
         mean, worst = _mean(self._psnr, "{:.2f} dB"), _worst(self._psnr, "{:.2f} dB")
-        report = "\n".join(
-            [title, f"PSNR {mean}, worst {worst}", f"SSIM {_mean(self._ssim, '{:.4f}')}", self._recorder.note()]
-        )
+        head = f"PSNR {mean}, SSIM {_mean(self._ssim, '{:.4f}')}, {frames} {width}x{height}"
+        report = "\n".join([head, f"worst frame: PSNR {worst}", self._recorder.note()])
         table = f"{title}\n\n{self._figures()}\n\n{self._phases()}"
         return Compared(chart=draw_quality(numbers, title), table=table, report=report, ui=ui)
 

@@ -18,7 +18,7 @@ from ...vae_core import TilePlan
 from ...vae_core.metrics import Borders, SeamMeter, SeamReading, chunk_borders, exact_borders
 from ..bridge.native import NativeVideoVAE, budget_bytes
 from ..bridge.running import Run, report_ui
-from ..bridge.schema import budget_input, describe, field
+from ..bridge.schema import budget_input, describe, dtype_words, field
 from ..bridge.video_source import Clip, clip_of
 from ..bridge.wire import CHUNK, chunks_of, image_of, images_of
 from ..clips.encode import encode_clip
@@ -50,7 +50,7 @@ class RoundTrip(io.ComfyNode):
                     io.MultiType,
                     "video",
                     types=[io.Image, io.Video],
-                    tooltip="The frames of one clip as IMAGE batch, or a VIDEO, which is read chunk by chunk. Any size "
+                    tooltip="The frames of one clip as IMAGE batch, or a VIDEO, read as it is encoded. Any size "
                     "and number of frames.",
                 ),
                 field(
@@ -73,7 +73,7 @@ class RoundTrip(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="What ran, in which chunks and tiles, exact or not, how long, how much memory.",
+                    tooltip="What was lost and what ran: how long, how much memory, exact or not.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -102,7 +102,7 @@ class RoundTrip(io.ComfyNode):
         assert seams is not None
         compared = comparison.finish()
         table = "\n\n".join([compared.table, *_seam_table(seams.reading)])
-        report = "\n".join([compared.report, *told.reports])
+        report = "\n".join([compared.report, *source.remarks, *told.reports])
         return io.NodeOutput(images, image_of(compared.chart), table, report, ui=compared.ui | report_ui(report))
 
 
@@ -118,7 +118,7 @@ def _through_ours(vae: NativeVideoVAE, source: Clip, node_id: str, budget_gb: fl
     """(t, h, w, 3) in 0..1 of one of our VAEs: encoded as Video VAE Encode does, decoded as Video VAE Decode does."""
     latent, report = encode_clip(vae, source, node_id, mode="mean", seed=0, budget_gb=budget_gb)
     told.reports.append(f"encoding: {report}")
-    run = Run(source.frames, node_id=node_id)
+    run = Run(source.frames, node_id=node_id, size=source.size)
     single = vae.layout == "images"
     chunks = vae.decode_chunks(
         vae.video_latent(latent),
@@ -157,7 +157,7 @@ def _through_stock(vae: comfy.sd.VAE, source: Clip, node_id: str, told: _Told) -
 
     The VAE of an image model gets a few frames at a time, that of a video model the whole clip.
     """
-    run = Run(source.frames, node_id=node_id)
+    run = Run(source.frames, node_id=node_id, size=source.size)
     run.begin(vae.device)
     whole = vae.latent_dim == 3
     chunks = [torch.cat(list(source.read()), dim=2)] if whole else source.read()
@@ -167,7 +167,7 @@ def _through_stock(vae: comfy.sd.VAE, source: Clip, node_id: str, told: _Told) -
         run.step(part.shape[0])
         yield part
     model = type(vae.first_stage_model).__name__
-    run.note(f"{model}, {str(vae.vae_dtype).removeprefix('torch.')} on {vae.device}, run by ComfyUI")
+    run.note(f"{model}, {dtype_words(vae.vae_dtype)} on {vae.device}, run by ComfyUI")
     run.note("all frames at once" if whole else f"{CHUNK} frames at a time")
     run.note("exact or not: ComfyUI does not say whether it took tiles, which it blends")
     told.reports.append(run.finish())

@@ -38,8 +38,8 @@ class Compare(io.ComfyNode):
                     io.MultiType,
                     "video_a",
                     types=[io.Image, io.Video],
-                    tooltip="The original: the frames of one clip as IMAGE batch, or a VIDEO, which is read chunk by "
-                    "chunk.",
+                    tooltip="The original: the frames of one clip as IMAGE batch, or a VIDEO, which is read as it "
+                    "is compared.",
                 ),
                 field(
                     io.MultiType,
@@ -120,7 +120,7 @@ class Compare(io.ComfyNode):
         a, b = clip_of(video_a, label_a.strip() or "video_a"), clip_of(video_b, label_b.strip() or "video_b")
         count = _common_frames(a, b, shorter=frames == SHORTER)
         rate = rate_of(fps) or a.fps or b.fps
-        run = Run(count, node_id=cls.hidden.unique_id)
+        run = Run(count, node_id=cls.hidden.unique_id, size=a.size)
         device = mm.get_torch_device()
         mm.free_memory(_BYTES_PER_PIXEL * a.height * a.width, device)
         comparison = Comparison(
@@ -136,10 +136,9 @@ class Compare(io.ComfyNode):
             comparison.add(ours, theirs)
             run.step(ours.shape[2])
         done = comparison.finish()
-        for line in (*done.report.splitlines(), *_remarks(a, b, count)):
-            run.note(line)
+        report = "\n".join([*done.report.splitlines(), *_remarks(a, b, count), run.finish()])
         chart = image_of(done.chart)
-        shown = ui.PreviewImage(chart, cls=cls).as_dict() | done.ui | report_ui(run.finish())
+        shown = ui.PreviewImage(chart, cls=cls).as_dict() | done.ui | report_ui(report)
         return io.NodeOutput(chart, done.table, ui=shown)
 
 

@@ -65,8 +65,9 @@ class SaveVideoLatent(io.ComfyNode):
                     io.String,
                     "filename_prefix",
                     default="latents/video",
-                    tooltip="Folder and name below the output folder. %year%, %month%, %day%, %hour%, %minute%, "
-                    "%second%, %width% and %height% are filled in. The name ends in .latent.safetensors.",
+                    tooltip="Folder and name below the output folder. %date:yyyy-MM-dd%, %KSampler.seed%, %year%, "
+                    "%month%, %day%, %hour%, %minute%, %second%, %width% and %height% are filled in. The name ends in "
+                    ".latent.safetensors.",
                 ),
                 field(
                     io.Combo,

@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..bridge.running import report_ui
 from ..bridge.schema import describe, field
 from ..bridge.wire import Facts, Layout, from_video, make_latent, read_facts, samples_of, to_video
 
@@ -58,6 +59,7 @@ class JoinLatents(io.ComfyNode):
                 io.Latent.Output(display_name="latent", tooltip="All clips as one."),
                 io.String.Output(display_name="report", tooltip="Lengths, and where the seams are."),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -74,7 +76,9 @@ class JoinLatents(io.ComfyNode):
         base = {name: value for name, value in latents[0].items() if name not in ("noise_mask", "batch_index")}
         told.insert(0, f"{len(clips)} clips, {video.shape[2]} latents, seams at latent {', '.join(map(str, seams))}")
         layout = clips[0].layout
-        return io.NodeOutput(make_latent(from_video(video, layout), facts, layout, base), "\n".join(told))
+        report = "\n".join(told)
+        latent = make_latent(from_video(video, layout), facts, layout, base)
+        return io.NodeOutput(latent, report, ui=report_ui(report))
 
 
 def join(clips: Sequence[_Clip], crossfade: int) -> tuple[Tensor, list[int]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import folder_paths
 
+from .dates import fill_dates, passing_dates
+
 SUFFIX = ".latent.safetensors"
 _FOLDER = "latents"  # below a folder of this name, every .safetensors is listed
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]')
@@ -19,11 +21,12 @@ _PASSING = ("%hour%", "%minute%", "%second%", "%width%", "%height%")
 
 
 def check_prefix(prefix: str) -> list[str]:
-    """The folders and, last, the name of a file name from a widget.
+    """The folders and, last, the name of a file name from a widget; dates are filled in.
 
     Raises ValueError where it could lie outside the output folder, or is no name that every system takes.
     """
-    parts = prefix.replace("\\", "/").removesuffix(SUFFIX).split("/")
+    dated = fill_dates(prefix, time.localtime())
+    parts = dated.replace("\\", "/").removesuffix(SUFFIX).split("/")
     shown = f"The file name {prefix[:200]!r}"
     if parts[0] == "" and len(parts) > 1:
         raise ValueError(f"{shown} is an absolute path: give one below the output folder, such as latents/video.")
@@ -47,7 +50,7 @@ def check_prefix(prefix: str) -> list[str]:
 
 def reused_path(prefix: str) -> Path:
     """The one file that `prefix` names, always the same. Raises ValueError as check_prefix, or for passing names."""
-    passing = [token for token in _PASSING if token in prefix]
+    passing = [token for token in _PASSING if token in prefix] + passing_dates(prefix)
     if passing:
         raise ValueError(
             f"The file name {prefix[:200]!r} holds {passing[0]}, which changes, so no file would be found again: leave "

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
-import folder_paths
+import comfy.utils
 import torch
 from comfy_api.latest import InputImpl, io
 
-from ...vae_core import DEMO_FOLDER, DEMO_WEIGHTS, load
+from ...vae_core import DEMO_FOLDER, load
 from ..bridge.native import NativeVideoVAE, require
-from ..bridge.running import report_ui
-from ..bridge.schema import check_choice, describe, field, vae_input
+from ..bridge.running import report_ui, show_text
+from ..bridge.schema import check_choice, describe, dtype_words, field, vae_input
 from ..bridge.wire import Layout
+from .official import choices, chosen_download, fetch_official, path_of
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEVICES = ("auto", "gpu", "cpu")
@@ -42,9 +43,10 @@ class LoadVideoVAE(io.ComfyNode):
                 field(
                     io.Combo,
                     "vae_name",
-                    options=[*DEMO_WEIGHTS, *folder_paths.get_filename_list("vae")],
-                    tooltip="A file of models/vae, or bundled demo weights (demo-cv-vae, demo-iv-vae, demo-image-vae), "
-                    "which are small and blur. The family is read from the weights, whatever the name.",
+                    options=choices(),
+                    tooltip="A file of models/vae; bundled demo weights, which are small and blur; or download: gets "
+                    "that official file into models/vae when the workflow runs, once. The family is read from the "
+                    "weights, whatever the name.",
                 ),
                 field(
                     io.Combo,
@@ -73,46 +75,82 @@ class LoadVideoVAE(io.ComfyNode):
                 ),
             ],
             outputs=[io.Vae.Output(display_name="vae", tooltip="For the nodes of this pack and for stock VAE nodes.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, vae_name: str | None = None) -> bool | str:
+        try:
+            if vae_name is not None:  # None: it comes through a link
+                path_of(vae_name)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
+        try:
+            path = path_of(inputs["vae_name"])
+        except (AttributeError, KeyError, ValueError) as error:  # AttributeError: the name comes through a link
+            return str(error)
+        if path is None:
+            return "to be downloaded"
+        status = path.stat()
+        return hashlib.sha256(repr((str(path), status.st_mtime_ns, status.st_size)).encode()).hexdigest()
 
     @classmethod
     def execute(cls, vae_name: str, dtype: str, device: str, latent_layout: str) -> io.NodeOutput:
         check_choice("dtype", dtype, tuple(DTYPES))
         check_choice("device", device, DEVICES)
         check_choice("latent_layout", latent_layout, tuple(LAYOUTS))
-        target = {"auto": mm.vae_device, "gpu": mm.get_torch_device, "cpu": lambda: torch.device("cpu")}[device]()
+        path, told = path_of(vae_name), list[str]()
+        if path is None:
+            path, sentence = _download(vae_name, cls.hidden.unique_id)
+            told.append(sentence)
+        target, remarks = _device(device)
         working = DTYPES[dtype] or mm.vae_dtype(target, [torch.bfloat16, torch.float32])
-        codec = load(_path(vae_name), device=mm.vae_offload_device(), dtype=working)
-        info = codec.info
+        codec = load(path, device=mm.vae_offload_device(), dtype=working)
+        info, chosen = codec.info, LAYOUTS[latent_layout]
         sampled = info.scaled_by == "sampler"
         on_batch_axis = sampled and (info.time_compression == 1 or info.latent_channels == 4)
-        layout = LAYOUTS[latent_layout] or ("frames" if on_batch_axis else "video")
+        layout = chosen or ("frames" if on_batch_axis else "video")
         if layout == "frames" and not sampled:
             raise ValueError(
                 f"{vae_name} is of the family {info.family}, whose latent space is its own, and clip as frame batch is "
                 "the layout of SD and SVD samplers, which would make noise of its latents. Choose auto or video 5-D, "
                 "or load a CV-VAE."
             )
-        return io.NodeOutput(NativeVideoVAE(codec, layout=layout, device=target, dtype=working))
-
-    @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        path = _path(inputs["vae_name"])
-        status = os.stat(path)
-        return str(path), status.st_mtime_ns, status.st_size
+        vae = NativeVideoVAE(codec, layout=layout, device=target, dtype=working, chosen=chosen, remarks=remarks)
+        head = f"{codec.family}, {codec.info.latent_channels} channels, {dtype_words(working)} on {target}"
+        return io.NodeOutput(vae, ui=report_ui("\n".join((head, *remarks, *told))))
 
 
-def _path(vae_name: str) -> Path:
-    """The file behind a choice of the list. Raises ValueError where there is none."""
-    if vae_name in DEMO_WEIGHTS:
-        return DEMO_WEIGHTS[vae_name]
-    found = folder_paths.get_full_path("vae", vae_name)
-    if found is None:
-        raise ValueError(
-            f"There is no file {vae_name!r} in models/vae. Put the weights there and press R to read the folder again, "
-            f"or choose one of the bundled {', '.join(DEMO_WEIGHTS)}."
-        )
-    return Path(found)
+def _device(choice: str) -> tuple[torch.device, list[str]]:
+    """The device of a choice, and a sentence where it is another than the user must expect."""
+    if choice == "cpu":
+        return torch.device("cpu"), []
+    if choice == "auto":
+        return mm.vae_device(), []
+    device = mm.get_torch_device()
+    if device.type != "cpu":
+        return device, []
+    return device, ["device is gpu, but ComfyUI has none here or runs with --cpu: this runs on the CPU"]
+
+
+def _download(vae_name: str, node_id: str) -> tuple[Path, str]:
+    """Fetch the official file of a choice, with progress and cancel: its path, and a sentence about it."""
+    official = chosen_download(vae_name)
+    assert official is not None
+    bar = comfy.utils.ProgressBar(official.bytes, node_id=node_id)
+
+    def report(here: int, total: int | None) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(here, total or official.bytes)
+        show_text(f"{here / 1e6:.0f} of {(total or official.bytes) / 1e6:.0f} MB", node_id)
+
+    path, digest = fetch_official(official, report)
+    return path, f"downloaded from {official.page} as {path.name}, licence: {official.licence}\nSHA-256 {digest}"
 
 
 class VideoVAEInfo(io.ComfyNode):
@@ -136,11 +174,11 @@ class VideoVAEInfo(io.ComfyNode):
         text = "\n".join(
             (
                 str(vae.codec.info),
-                f"running as       {str(vae.vae_dtype).removeprefix('torch.')} on {vae.device}",
+                f"running as       {dtype_words(vae.vae_dtype)} on {vae.device}",
                 f"latent layout    {layout}",
             )
         )
-        return io.NodeOutput(text, ui=report_ui(text))
+        return io.NodeOutput(text, ui=report_ui(text, unfolded=True))
 
 
 class DemoClip(io.ComfyNode):

@@ -15,16 +15,27 @@ from torch import Tensor
 
 from ...vae_core.families import FAMILIES, VIDEO
 from ...vae_core.media.latents import open_latent
-from ...vae_core.svd import LATENT_SCALE, TrainingClip, augmented
+from ...vae_core.svd import LATENT_SCALE, TrainingClip, beginning_of, look_through, spans_of, with_buckets
 from ..bridge.native import NativeVideoVAE
 from ..bridge.running import Run
 from ..bridge.video_source import VideoSource, open_video
 from ..latents.paths import inside
-from .conditioning import CHANNELS
+from .anchor import CHANNELS, encode_pictures, see_pictures
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 LATENTS = ".safetensors"
 _FEWEST = 1 + VIDEO.time  # frames of a clip
+_UNIT = 8 * VIDEO.space  # pixels; the U-Net halves a latent three times
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """A clip without its embedding. z: (t, 4, h, w), unscaled. first: (1, h, w, 3) in 0..1. motion: see `Look`."""
+
+    z: Tensor
+    first: Tensor
+    fps: float
+    motion: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +48,6 @@ class ClipMaker:
     frames: int
     width: int
     height: int
-    seed: int
 
     def clips(self, files: list[Path], node_id: str | None) -> tuple[list[TrainingClip], list[str]]:
         """All clips of `files`, and sentences on what was left out. Raises ValueError where there is none."""
@@ -46,30 +56,35 @@ class ClipMaker:
         for file in files:
             make = self._of_latent if file.suffix.lower() == LATENTS else self._of_video
             found = 0
-            for x0, first, rate in make(file, node_id):
-                out.append(self._clip(f"{file.name} #{found + 1}", x0, first, rate, len(out)))
+            for made in make(file, node_id):
                 found += 1
+                out.append(self._clip(f"{file.name} #{found}", made))
             if not found:
-                notes.append(f"{file.name} is left out: it has fewer than {_FEWEST} frames")
+                notes.append(f"{file.name} is left out: it has fewer than {_FEWEST} frames without a cut")
         if not out:
-            raise ValueError(f"No clip can be trained on: every file has fewer than {_FEWEST} frames. Add longer ones.")
-        return out, notes
+            raise ValueError(
+                f"No clip can be trained on: every file has fewer than {_FEWEST} frames without a cut. Add longer ones."
+            )
+        return with_buckets(out), notes
 
-    def _of_video(self, file: Path, node_id: str | None) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """(latent (t, 4, h, w), first frame (1, h, w, 3), frames per second) of each clip, one after another."""
+    def encode(self, picture: Tensor) -> Tensor:
+        """(1, h, w, 3) around 0..1 to SVD's image latent (1, 4, h/8, w/8), on the CPU."""
+        return encode_pictures(self.image_vae, picture).detach().cpu().float()
+
+    def _of_video(self, file: Path, node_id: str | None) -> Iterator[_Made]:
+        """Clips of a video, one after another, none across a cut."""
         source = open_video(InputImpl.VideoFromFile(str(file)))
-        count = (min(self.frames, source.total) - 1) // VIDEO.time * VIDEO.time + 1
-        if count < _FEWEST:
-            return
-        for start in range(0, source.total - count + 1, count):
-            first = next(iter(source.frames(start, 1)))  # 1 3 1 h w
-            shape = (1, 3, count, self.height, self.width)
-            chunks = self.vae.encode_chunks(self._chunks(source, start, count), shape, Run(count, node_id=node_id))
-            z = torch.cat(list(chunks), dim=2)[0].movedim(1, 0)  # t c h w
-            yield z, self._scale(first).movedim(1, -1).add(1).div(2), float(source.fps)
+        for span in spans_of(look_through(source.frames()), self.frames):
+            first = next(iter(source.frames(span.start, 1)))  # 1 3 1 h w
+            shape = (1, 3, span.frames, self.height, self.width)
+            scaled = self._scaled(source, span.start, span.frames)
+            latents = self.vae.encode_chunks(scaled, shape, Run(span.frames, node_id=node_id))
+            z = torch.cat(list(latents), dim=2)[0].movedim(1, 0)  # t c h w
+            picture = self._scale(first).movedim(1, -1).add(1).div(2)
+            yield _Made(z=z, first=picture, fps=float(source.fps), motion=span.motion)
 
-    def _of_latent(self, file: Path, node_id: str | None) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The beginning of a latent file; its first frame is decoded by the image VAE."""
+    def _of_latent(self, file: Path, node_id: str | None) -> Iterator[_Made]:
+        """The beginning of a latent file, up to the first cut; the image VAE shows what is in it."""
         opened = open_latent(file)
         family = FAMILIES[opened.meta.family]
         if family.scaled or family.compression != VIDEO or opened.shape[1] != CHANNELS:
@@ -77,40 +92,49 @@ class ClipMaker:
                 f"{file.name} is a latent of {opened.meta.family} with {opened.shape[1]} channels, and SVD works on "
                 f"those of cv-vae with {CHANNELS}: encode the video with CV-VAE, or take the file out of the folder."
             )
+        height, width = (side * VIDEO.space for side in opened.shape[-2:])
+        if height % _UNIT or width % _UNIT:
+            raise ValueError(
+                f"{file.name} is a latent of {width}x{height} pixels; SVD is trained on multiples of {_UNIT}, such as "
+                "1024x576: scale the video before it is encoded, or take the file out of the folder."
+            )
         count = min(opened.shape[2], VIDEO.latent_frames(self.frames))
         if count < 2:
             return
         z = opened.read(0, count)[0].movedim(1, 0).float()  # t c h w
-        picture = self.image_vae.decode(z[:1])
-        yield z, picture.reshape(-1, *picture.shape[-3:])[:1, ..., :3].cpu(), float(opened.meta.fps)
+        shown = torch.cat([self._decode(latent) for latent in z.split(1)])  # t h w 3
+        span = beginning_of(look_through([shown.movedim(-1, 0)[None].mul(2).sub(1)], every=VIDEO.time), count)
+        if span.frames >= 2:
+            yield _Made(z=z[: span.frames], first=shown[:1], fps=float(opened.meta.fps), motion=span.motion)
 
-    def _clip(self, name: str, x0: Tensor, first: Tensor, fps: float, number: int) -> TrainingClip:
-        first = first.float()
-        level, noisy = augmented(first, self.seed, number)
-        image = self.image_vae.encode(noisy)
-        image = image[:, :, 0] if image.ndim == 5 else image
-        if image.shape[1] != CHANNELS or image.shape[-2:] != x0.shape[-2:]:
+    def _decode(self, latent: Tensor) -> Tensor:
+        picture = self.image_vae.decode(latent)
+        return picture.reshape(-1, *picture.shape[-3:])[:1, ..., :3].cpu()
+
+    def _clip(self, name: str, made: _Made) -> TrainingClip:
+        first = made.first.float()
+        image = self.encode(first)
+        if image.shape[-2:] != made.z.shape[-2:]:
             raise ValueError(
                 f"The image VAE made {tuple(image.shape)} of the first frame of {name}, and the clip has latents "
-                f"{tuple(x0.shape)}: connect the VAE of Image Only Checkpoint Loader."
+                f"{tuple(made.z.shape)}: connect the VAE of Image Only Checkpoint Loader."
             )
-        seen = self.clip_vision.encode_image(first).image_embeds.unsqueeze(1)  # 1 1 d
         return TrainingClip(
             name=name,
-            x0=x0.detach().cpu().float() * LATENT_SCALE,
-            image=image.detach().cpu().float(),
-            seen=seen.detach().cpu().float(),
-            rate=max(1, round(fps / VIDEO.time)),
-            augmentation=level,
+            x0=made.z.detach().cpu().float() * LATENT_SCALE,
+            first=first.half(),
+            seen=see_pictures(self.clip_vision, first).detach().cpu().float(),
+            rate=max(1, round(made.fps / VIDEO.time)),
+            motion=None if made.motion is None else made.motion * made.fps / VIDEO.time,
         )
 
-    def _chunks(self, source: VideoSource, start: int, count: int) -> Iterator[Tensor]:
-        for chunk in source.frames(start, count):  # 1 3 t h w
-            yield self._scale(chunk).movedim(0, 1).unsqueeze(0)
+    def _scaled(self, source: VideoSource, start: int, count: int) -> Iterator[Tensor]:
+        for frames in source.frames(start, count):  # 1 3 t h w
+            yield self._scale(frames).movedim(0, 1).unsqueeze(0)
 
-    def _scale(self, chunk: Tensor) -> Tensor:
+    def _scale(self, frames: Tensor) -> Tensor:
         """(1, 3, t, h, w) to (t, 3, height, width)."""
-        return comfy.utils.common_upscale(chunk[0].movedim(1, 0), self.width, self.height, "bilinear", "center")
+        return comfy.utils.common_upscale(frames[0].movedim(1, 0), self.width, self.height, "bilinear", "center")
 
 
 def training_files(folder: str) -> list[Path]:
@@ -142,8 +166,7 @@ def training_folder(folder: str) -> Path:
 
 def check_size(width: int, height: int) -> None:
     """Raise ValueError unless the size fits the U-Net, which halves the latent three times."""
-    if width % (8 * VIDEO.space) or height % (8 * VIDEO.space):
+    if width % _UNIT or height % _UNIT:
         raise ValueError(
-            f"The size is {width}x{height}; SVD is trained on multiples of {8 * VIDEO.space}, such as 1024x576 or "
-            "512x320."
+            f"The size is {width}x{height}; SVD is trained on multiples of {_UNIT}, such as 1024x576 or 512x320."
         )

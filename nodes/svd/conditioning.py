@@ -12,12 +12,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core.families import VIDEO
-from ..bridge.native import NativeVideoVAE
 from ..bridge.schema import describe, field
 from ..bridge.wire import Facts, make_latent, pixels_of
+from .anchor import CHANNELS, check_readers, encode_pictures, see_pictures, with_noise
+from .motion import MOST
 from .windows import TRAINED
 
-CHANNELS = 4  # of SVD's latent space
+FEWEST_RATE, MOST_RATE = 5, 30  # frames per second that SVD knows
 _LARGEST_SIDE = 16384
 
 
@@ -46,7 +47,7 @@ class SVDConditioning(io.ComfyNode):
                     tooltip="Encodes the image: SVD's own VAE from Image Only Checkpoint Loader, or a CV-VAE.",
                 ),
                 *_size_inputs(),
-                *_motion_inputs(),
+                *motion_inputs(),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="For the sampler."),
@@ -72,11 +73,11 @@ class SVDConditioning(io.ComfyNode):
         augmentation_level: float,
         augmentation_seed: int,
     ) -> io.NodeOutput:
-        _check_models(clip_vision, image_vae)
+        check_readers(clip_vision, image_vae)
         pixels = pixels_of(image)
         latents = VIDEO.latent_frames(frames)
         scaled = _scale(pixels, width, height)
-        shown = _encode(image_vae, _augment(scaled, augmentation_level, augmentation_seed))
+        shown = encode_pictures(image_vae, with_noise(scaled, augmentation_level, augmentation_seed))
         seen = _see(clip_vision, pixels, latents)
         told = {
             "motion_bucket_id": motion_bucket_id,
@@ -93,7 +94,7 @@ class SVDConditioning(io.ComfyNode):
             width=width,
         )
         empty = torch.zeros(latents, CHANNELS, scaled.shape[1] // VIDEO.space, scaled.shape[2] // VIDEO.space)
-        report = _report(pixels, facts, empty, told["fps"])
+        report = _report(pixels, facts, empty, told)
         return io.NodeOutput(positive, negative, make_latent(empty, facts, "frames"), report)
 
 
@@ -129,7 +130,8 @@ def _size_inputs() -> list[Any]:
     ]
 
 
-def _motion_inputs() -> list[Any]:
+def motion_inputs() -> list[Any]:
+    """The inputs on motion and noise that nodes with conditioning share."""
     return [
         field(
             io.Int,
@@ -137,7 +139,7 @@ def _motion_inputs() -> list[Any]:
             default=127,
             min=1,
             max=1023,
-            tooltip="How much motion SVD makes. Low numbers are calm.",
+            tooltip="How much motion SVD makes. Low numbers are calm; SVD knows 1 to 255.",
             advanced=True,
         ),
         field(
@@ -162,25 +164,6 @@ def _motion_inputs() -> list[Any]:
     ]
 
 
-def _check_models(clip_vision: Any, image_vae: Any) -> None:
-    """Raise ValueError for a model that cannot make SVD's conditions."""
-    if clip_vision is None:
-        raise ValueError(
-            "There is no CLIP vision model: this checkpoint holds none. Load an SVD checkpoint with Image Only "
-            "Checkpoint Loader, or a CLIP vision file (ViT-H) with Load CLIP Vision."
-        )
-    if isinstance(image_vae, NativeVideoVAE) and not may_be_svds(image_vae):
-        raise ValueError(
-            f"The image VAE is {image_vae.codec.family}, whose latent space is not SVD's: SVD would see noise. Connect "
-            "the VAE of Image Only Checkpoint Loader, or a CV-VAE or an image VAE with 4 channels."
-        )
-
-
-def may_be_svds(vae: NativeVideoVAE) -> bool:
-    """Whether the latents of a VAE may be in SVD's space."""
-    return vae.codec.info.scaled_by == "sampler" and vae.latent_channels == CHANNELS
-
-
 def _scale(pixels: Tensor, width: int, height: int) -> Tensor:
     """(n, h, w, 3) covering the size and cut to its middle; edges are repeated up to whole latents."""
     scaled = comfy.utils.common_upscale(pixels.movedim(-1, 1), width, height, "bilinear", "center")
@@ -188,43 +171,33 @@ def _scale(pixels: Tensor, width: int, height: int) -> Tensor:
     return padded.movedim(1, -1)
 
 
-def _augment(pixels: Tensor, level: float, seed: int) -> Tensor:
-    """`pixels` with `level` of noise, drawn from `seed`."""
-    if not level:
-        return pixels
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed), dtype=pixels.dtype)
-    return pixels + noise.to(pixels.device) * level
-
-
-def _encode(vae: Any, pixels: Tensor) -> Tensor:
-    """(n, 4, h, w): each image by itself, whatever the VAE makes of a batch."""
-    latents = []
-    for picture in pixels.split(1):
-        latent = vae.encode(picture)
-        latent = latent[:, :, 0] if latent.ndim == 5 else latent
-        if latent.ndim != 4 or latent.shape[1] != CHANNELS:
-            raise ValueError(
-                f"The image VAE made a latent of shape {tuple(latent.shape)}; SVD takes {CHANNELS} channels at an "
-                "eighth of the size. Connect the VAE of Image Only Checkpoint Loader, or a CV-VAE with 4 channels."
-            )
-        latents.append(latent)
-    return torch.cat(latents)
-
-
 def _see(clip_vision: Any, pixels: Tensor, latents: int) -> Tensor:
     """CLIP's embedding: (1, 1, d) of one image, (latents, 1, d) of keyframes."""
-    embeds = clip_vision.encode_image(pixels).image_embeds.unsqueeze(1)  # n 1 d
+    embeds = see_pictures(clip_vision, pixels)
     return embeds if embeds.shape[0] == 1 else comfy.utils.resize_to_batch_size(embeds, latents)
 
 
-def _report(pixels: Tensor, facts: Facts, empty: Tensor, rate: int) -> str:
+def told_of(rate: int, bucket: int) -> list[str]:
+    """What SVD is told of rate and motion, and what it does not know of that."""
+    lines = [f"SVD is told {rate} latents per second"]
+    if not FEWEST_RATE <= rate <= MOST_RATE:
+        lines.append(
+            f"SVD was trained on {FEWEST_RATE} to {MOST_RATE} per second: choose an fps of "
+            f"{VIDEO.time * FEWEST_RATE} to {VIDEO.time * MOST_RATE}, or expect odd motion"
+        )
+    if bucket > MOST:
+        lines.append(f"motion_bucket_id {bucket} is above {MOST}, the most that SVD was trained on: expect odd motion")
+    return lines
+
+
+def _report(pixels: Tensor, facts: Facts, empty: Tensor, told: dict[str, Any]) -> str:
     assert facts.frames is not None
     assert facts.fps is not None
     latents, seconds = empty.shape[0], facts.frames / float(facts.fps)
     lines = [
         f"{facts.frames} frames of {facts.width}x{facts.height}: {latents} latents",
         f"{seconds:.2f} s at {float(facts.fps):g} frames per second",
-        f"SVD is told {rate} latents per second",
+        *told_of(told["fps"], told["motion_bucket_id"]),
     ]
     surplus = VIDEO.pixel_frames(latents) - facts.frames
     if surplus:

@@ -1,14 +1,17 @@
-"""One run of a sampler over a long SVD clip: settings, arguments, and how conditions are cut to a part of it."""
+"""One run of a sampler over a long SVD clip: settings, arguments, and how conditions are cut to some of its latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.conds
 import torch
 from torch import Tensor
 
+from .control import control_of
+from .schedule import Schedule
 from .windows import Span, plan_spans
 
 START = "cviv_svd_start"  # in transformer_options: which latent of the clip is the first that the model sees
@@ -18,34 +21,65 @@ START = "cviv_svd_start"  # in transformer_options: which latent of the clip is 
 class LongSettings:
     """How to sample more latents than SVD was trained on.
 
-    mode: "windows" or "continuation". length: latents of a window or chunk. overlap: latents that two windows, or two
-    chunks, share. fuse: see `fusing_weights`. fade: of the latents carried into a chunk, how many are cross-faded.
-    moving: whether the image condition follows the clip. freenoise, drift, time_offset: see the node. min_cfg: CFG of
-    the first latent of a window; 0 leaves the CFG alone.
+    mode: "continuation", "windows" or "loop". length: latents of a window or chunk. overlap: latents that two windows,
+    or two chunks, share at least. fuse, moving: see `Schedule`. wide: share of the steps whose windows take every other
+    latent. fade: of the latents carried into a chunk, how many are cross-faded. anchor: which image later windows and
+    chunks start from. freenoise, drift, time_offset: see the node. min_cfg: CFG of the first latent of a window; 0
+    leaves the CFG alone. resamples: how often a step with carried latents is made. steady: whether the motion bucket
+    of a chunk follows the motion of the one before.
     """
 
     mode: str
     length: int
     overlap: int
     fuse: str
-    fade: int
     moving: bool
+    wide: float
+    fade: int
+    anchor: str
     freenoise: bool
     drift: float
     time_offset: bool
     min_cfg: float
+    resamples: int
+    steady: bool
 
-    def spans(self, latents: int) -> list[Span]:
-        """The windows or chunks of a clip."""
-        return plan_spans(latents, self.length, self.overlap)
+    def spans(self, latents: int, first: int = 0) -> list[Span]:
+        """The chunks of a clip from latent `first` on."""
+        return plan_spans(latents, self.length, self.overlap, first)
+
+    def in_windows(self, latents: int) -> bool:
+        """Whether a clip is sampled by several windows in every step."""
+        return self.mode == "loop" or (self.mode == "windows" and latents > self.length)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The windows of every step."""
+        return Schedule(
+            length=self.length,
+            overlap=self.overlap,
+            fuse=self.fuse,
+            moving=self.moving,
+            loop=self.mode == "loop",
+        )
 
 
 @dataclass
 class Run:
-    """What the hooks of one sampling run share. newest: the latest estimate of the clip, in the model's scale."""
+    """What the hooks of one sampling run share.
 
-    cfg: float
+    seed: of the sampler. start: the first latent of the chunk. carried: whether it holds latents of the one before.
+    newest: the latest estimate of the clip, in the model's scale. rise: for each latent how far the CFG has risen, 0 to
+    1; None: evenly over the clip. end: what the last frame shows; backwards: whether time is turned towards it now.
+    """
+
+    seed: int = 0
+    start: int = 0
+    carried: bool = False
     newest: Tensor | None = None
+    rise: Tensor | None = None
+    end: Any = None
+    backwards: bool = False
     window_done: Callable[[], None] = lambda: None
 
 
@@ -79,18 +113,26 @@ def has_image(image: object) -> bool:
     return isinstance(image, Tensor) and bool(torch.count_nonzero(image))
 
 
-def cut(value: Any, latents: int, part: slice) -> Any:
-    """The part of a tensor that holds something for each latent; anything else as it is."""
-    return value[part] if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == latents else value
+def entry_of(entry: dict[str, Any], latents: int, which: Sequence[int]) -> dict[str, Any]:
+    """A condition of a clip of `latents`, cut to those in `which`; what is the same for all stays as it is."""
+    index = torch.tensor(which)
+    out = {name: _cut(value, latents, index) for name, value in entry.items()}
+    if "control" in out:
+        out["control"] = control_of(out["control"], latents, which)
+    model_conds = dict(entry.get("model_conds", {}))
+    for name, value in model_conds.items():
+        tensor = getattr(value, "cond", None)
+        if name == "num_video_frames":
+            model_conds[name] = comfy.conds.CONDConstant(len(which))
+        elif isinstance(tensor, Tensor):
+            model_conds[name] = value._copy_with(_cut(tensor, latents, index))
+    if "model_conds" in entry:
+        out["model_conds"] = model_conds
+    return out
 
 
-def refuse_frames_of_control(control: Any) -> None:
-    """Raise ValueError where a ControlNet has a hint for each frame: ComfyUI would give every part the first ones."""
-    while control is not None:
-        hint = getattr(control, "cond_hint_original", None)
-        if isinstance(hint, Tensor) and hint.shape[0] > 1:
-            raise ValueError(
-                f"A ControlNet with {hint.shape[0]} frames is connected, and windows and chunks would all get its "
-                "first ones. Use one image for it, or sample without SVD Long Video."
-            )
-        control = getattr(control, "previous_controlnet", None)
+def _cut(value: Any, latents: int, index: Tensor) -> Any:
+    """Those of a tensor that holds something for each latent; anything else as it is."""
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == latents:
+        return value[index.to(value.device)]
+    return value

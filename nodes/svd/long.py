@@ -7,18 +7,17 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...vae_core.families import VIDEO
-from ..bridge.schema import check_choice, describe, field
+from ..bridge.schema import check_choice, describe
 from ..bridge.wire import Facts, read_facts, samples_of
-from .conditioning import CHANNELS
+from .anchor import CHANNELS, Reader, check_readers
 from .hooks import LongSampling
 from .job import LongSettings
+from .long_inputs import ANCHORS, MODES, NOISES, SCHEDULES, long_inputs
 from .model import check_svd
-from .picture import draw_spans
-from .windows import FUSES, TRAINED, Span, check_overlap, describe_spans
+from .picture import draw_plan
+from .schedule import FUSES
+from .windows import TRAINED, check_overlap, count_spans, describe_runs, most_latents
 
-MODES = ("windows", "continuation")
-ANCHORS = ("first", "moving")
-NOISES = ("as given", "FreeNoise")
 DEFAULT_FPS = 24.0
 
 
@@ -30,30 +29,10 @@ class SVDLongVideo(io.ComfyNode):
         return describe(
             node_id="CVIV_SVDLongVideo",
             display_name="SVD Long Video",
-            description="Lets SVD sample more latents than the 25 it was trained on: by overlapping windows in every "
-            "step, or chunk after chunk. Works in KSampler and SamplerCustomAdvanced with every sampler.",
-            search_aliases=["svd context windows", "svd long", "freenoise", "continue video", "svd extend"],
-            inputs=[
-                field(io.Model, "model", tooltip="An SVD model, from Image Only Checkpoint Loader."),
-                field(
-                    io.Latent,
-                    "samples",
-                    display_name="latent",
-                    tooltip="The latent that goes to the sampler, from SVD Image to Long Video. It is only looked at, "
-                    "for the picture and the report.",
-                ),
-                field(
-                    io.Combo,
-                    "mode",
-                    options=list(MODES),
-                    default="continuation",
-                    tooltip="windows: every step runs the model over overlapping windows and fuses them; the clip "
-                    "stays near its image. continuation: one chunk after another, each starting with the last "
-                    "latents of the one before; the clip can go somewhere.",
-                ),
-                *_cutting_inputs(),
-                *_guiding_inputs(),
-            ],
+            description="Lets SVD sample more latents than the 25 it was trained on: chunk after chunk, by overlapping "
+            "windows in every step, or as a loop. Works in KSampler and SamplerCustomAdvanced with every sampler.",
+            search_aliases=["svd context windows", "svd long", "freenoise", "continue video", "svd extend", "loop"],
+            inputs=long_inputs(),
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For the sampler. Clips of one window sample as before."),
                 io.Image.Output(display_name="picture", tooltip="The windows or chunks over time."),
@@ -77,133 +56,61 @@ class SVDLongVideo(io.ComfyNode):
         drift_control: float,
         time_offset: bool,
         min_cfg: float,
+        window_schedule: str = "moving",
+        wide_steps: float = 0.0,
+        resamples: int = 1,
+        steady_motion: bool = False,
+        image_vae: Any = None,
+        clip_vision: Any = None,
     ) -> io.NodeOutput:
         for what, got, allowed in (
             ("mode", mode, MODES),
             ("fuse", fuse, FUSES),
             ("anchor", anchor, ANCHORS),
             ("noise", noise, NOISES),
+            ("window_schedule", window_schedule, SCHEDULES),
         ):
             check_choice(what, got, allowed)
-        windows = mode == "windows"
-        if windows:
-            check_overlap("overlap", window_length, overlap)
-        else:
-            check_overlap("carry", window_length, carry, least=1)
+        chunks = mode == "continuation"
+        check_overlap("carry" if chunks else "overlap", window_length, carry if chunks else overlap, least=int(chunks))
         check_svd(model)
         facts = _check_latent(samples)
         settings = LongSettings(
             mode=mode,
             length=window_length,
-            overlap=overlap if windows else carry,
+            overlap=carry if chunks else overlap,
             fuse=fuse,
-            fade=0 if windows else min(crossfade, carry),
-            moving=anchor == "moving",
+            moving=window_schedule == "moving",
+            wide=wide_steps,
+            fade=min(crossfade, carry) if chunks else 0,
+            anchor=anchor,
             freenoise=noise == "FreeNoise",
             drift=drift_control,
             time_offset=time_offset,
             min_cfg=min_cfg,
+            resamples=resamples,
+            steady=steady_motion,
         )
-        spans = settings.spans(samples["samples"].shape[0])
+        reader = _reader(anchor, clip_vision, image_vae) if chunks else None
+        latents = samples["samples"].shape[0]
         fps = float(facts.fps or DEFAULT_FPS)
-        return io.NodeOutput(
-            LongSampling(settings).patch(model), draw_spans(spans, settings, fps), _report(spans, settings, facts, fps)
+        report = "\n".join(_report(latents, settings, facts, fps))
+        return io.NodeOutput(LongSampling(settings, reader).patch(model), draw_plan(latents, settings, fps), report)
+
+
+def _reader(anchor: str, clip_vision: Any, image_vae: Any) -> Reader | None:
+    """What makes pictures of latents, where the anchor asks for it. Raises ValueError where a model is missing."""
+    if anchor != "re-encoded":
+        return None
+    if image_vae is None or clip_vision is None:
+        given = {"image_vae": image_vae, "clip_vision": clip_vision}
+        missing = " and ".join(name for name, one in given.items() if one is None)
+        raise ValueError(
+            f"anchor is re-encoded and nothing is connected to {missing}: connect VAE and CLIP vision of Image Only "
+            "Checkpoint Loader, or choose anchor moving."
         )
-
-
-def _cutting_inputs() -> list[Any]:
-    return [
-        field(
-            io.Int,
-            "window_length",
-            default=TRAINED,
-            min=2,
-            max=256,
-            tooltip="Latents of a window or chunk: 25 for SVD-XT, 14 for the first SVD. Memory grows with it, not with "
-            "the clip.",
-        ),
-        field(
-            io.Int,
-            "overlap",
-            default=6,
-            min=0,
-            max=255,
-            tooltip="windows: latents that neighbours share. More is smoother and slower.",
-        ),
-        field(
-            io.Combo,
-            "fuse",
-            options=list(FUSES),
-            default="pyramid",
-            tooltip="windows: what counts where windows overlap. pyramid: the middle of each most. linear: its first "
-            "latent most. overlap-linear: a cross-fade over the overlap.",
-        ),
-        field(
-            io.Int,
-            "carry",
-            default=4,
-            min=1,
-            max=255,
-            tooltip="continuation: latents that a chunk takes over from the one before. More keeps the motion going, "
-            "too many freeze it.",
-        ),
-        field(
-            io.Int,
-            "crossfade",
-            default=0,
-            min=0,
-            max=255,
-            tooltip="continuation: how many of the carried latents fade from kept to new. 0 = a hard cut.",
-        ),
-    ]
-
-
-def _guiding_inputs() -> list[Any]:
-    return [
-        field(
-            io.Combo,
-            "anchor",
-            options=list(ANCHORS),
-            default="first",
-            tooltip="Which image later windows are told to start from. first: the one given. moving: their own first "
-            "latent; in windows once it is clear enough, late in the run.",
-        ),
-        field(
-            io.Combo,
-            "noise",
-            options=list(NOISES),
-            default="as given",
-            tooltip="FreeNoise: the noise of the first window, shuffled, for all others, so that windows resemble each "
-            "other. Noise that a sampler adds on its way is not changed.",
-        ),
-        field(
-            io.Float,
-            "drift_control",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            tooltip="Pulls mean and contrast of every latent channel towards the first window, against colours that "
-            "drift away. 0 = off, 1 = all the way.",
-        ),
-        field(
-            io.Boolean,
-            "time_offset",
-            default=False,
-            tooltip="Tells the model where in the clip a window lies, so that it does not take each for an opening. "
-            "The model never saw positions past its training length.",
-        ),
-        field(
-            io.Float,
-            "min_cfg",
-            default=0.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            tooltip="CFG of the first latent of each window; it rises to the sampler's CFG at its last, as Video "
-            "Linear CFG Guidance does over a whole clip. 0 = the same CFG everywhere.",
-        ),
-    ]
+    check_readers(clip_vision, image_vae)
+    return Reader(image_vae=image_vae, clip_vision=clip_vision)
 
 
 def _check_latent(latent: Any) -> Facts:
@@ -222,31 +129,67 @@ def _check_latent(latent: Any) -> Facts:
     return facts
 
 
-def _report(spans: list[Span], settings: LongSettings, facts: Facts, fps: float) -> str:
-    latents = spans[-1].stop
+def _report(latents: int, settings: LongSettings, facts: Facts, fps: float) -> list[str]:
     frames = facts.frames or VIDEO.pixel_frames(latents)
     lines = [f"{latents} latents, {frames} frames, {frames / fps:.1f} s at {fps:g} frames per second"]
-    if len(spans) == 1:
+    if settings.mode == "loop":
+        lines[0] = f"a loop of {latents} latents: Decode Loop makes {4 * latents} frames, {4 * latents / fps:.1f} s"
+    elif latents <= settings.length:
         lines.append(f"one window of up to {settings.length} latents is enough: the model samples as without this node")
-        return "\n".join(lines)
-    word = "windows in every step" if settings.mode == "windows" else "chunks, one after another"
-    lines.append(f"{len(spans)} {word}, {settings.length} latents each: {describe_spans(spans)}")
-    work = len(spans) * settings.length
-    lines.append(f"work of {work} latents ({work / latents:.2f} times the clip), memory of {settings.length}")
-    surplus = spans[-1].known - settings.overlap
-    if surplus:
-        fits = latents + surplus
-        shorter = fits - (settings.length - settings.overlap)
-        lines.append(
-            f"the last one is moved back and shares {spans[-1].known} latents; {VIDEO.pixel_frames(shorter)} or "
-            f"{VIDEO.pixel_frames(fits)} frames fit without that"
-        )
+        return lines
+    if settings.mode == "continuation":
+        lines += _about_chunks(latents, settings)
+    else:
+        lines += _about_windows(latents, settings)
     if settings.length > TRAINED:
         lines.append(f"windows of {settings.length} latents are longer than the {TRAINED} that SVD-XT was trained on")
-    if settings.drift and settings.mode == "continuation":
-        lines.append(f"drift control {settings.drift:g}: new latents of each chunk, before they are carried on")
     lines.append("no quality of SVD beyond its training length was measured for this node: compare settings by eye")
-    return "\n".join(lines)
+    return lines
+
+
+def _about_chunks(latents: int, settings: LongSettings) -> list[str]:
+    spans = settings.spans(latents)
+    runs = describe_runs([(span.start, span.stop - 1) for span in spans])
+    lines = [
+        f"{len(spans)} chunks, one after another, {settings.length} latents each: {runs}",
+        *_cost(latents, len(spans), settings),
+    ]
+    if settings.drift:
+        lines.append(f"drift control {settings.drift:g}: grows over each chunk, before its last latents are carried on")
+    if settings.resamples > 1:
+        lines.append(f"every step of a later chunk is made {settings.resamples} times; the sampler must be euler")
+    return lines
+
+
+def _about_windows(latents: int, settings: LongSettings) -> list[str]:
+    schedule = settings.schedule
+    windows = schedule.windows(latents, 0, 0)
+    runs = describe_runs([(window.latents[0], window.latents[-1]) for window in windows])
+    count = schedule.most_windows(latents)
+    lines = [f"up to {count} windows in every step, {len(windows[0].latents)} latents each; in the first: {runs}"]
+    if not settings.moving:
+        lines = [f"{count} windows in every step, {len(windows[0].latents)} latents each: {runs}"]
+    if settings.wide:
+        lines.append(f"in the first {settings.wide:.0%} of the steps they take every other latent")
+    if settings.mode == "loop":
+        work = count * len(windows[0].latents)
+        return [*lines, f"work of {work} latents ({work / latents:.2f} times the loop), memory of one window"]
+    return [*lines, *_cost(latents, count, settings)]
+
+
+def _cost(latents: int, count: int, settings: LongSettings) -> list[str]:
+    """Work and memory, and the lengths at which a window more or fewer is needed."""
+    length, overlap = settings.length, settings.overlap
+    work = count * length
+    needed = count_spans(latents, length, overlap)
+    most, fewer = (most_latents(spans, length, overlap) for spans in (needed, needed - 1))
+    lines = [f"work of {work} latents ({work / latents:.2f} times the clip), memory of {length}"]
+    if most > latents:
+        lines.append(
+            f"the same work gives up to {most} latents ({VIDEO.pixel_frames(most)} frames); {fewer} latents "
+            f"({VIDEO.pixel_frames(fewer)} frames) need one less"
+        )
+    return lines
 
 
 NODES = [SVDLongVideo]

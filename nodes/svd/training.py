@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,9 @@ from ...vae_core.svd import (
     HELD_OUT,
     LAYER,
     METHODS,
-    MOTION,
     AdapterTrainer,
     Draw,
+    Encode,
     Training,
     TrainingClip,
     TrainSettings,
@@ -38,13 +37,12 @@ from ..bridge.native import NativeVideoVAE, require
 from ..bridge.running import show_text
 from ..bridge.schema import check_choice, describe, field
 from ..bridge.wire import image_of
-from ..latents.paths import DEVICE_NAME
 from .adapter import FOLDER, added_outputs, checkpoint_layer
+from .anchor import may_be_svds
 from .clips import ClipMaker, check_size, training_files, training_folder
-from .conditioning import may_be_svds
 from .model import check_svd
+from .names import check_name
 
-_NAME = re.compile(r"\w[\w .-]{0,79}")
 _log = logging.getLogger("cviv-vae")
 
 
@@ -74,7 +72,7 @@ class TrainSVDAdapter(io.ComfyNode):
     def validate_inputs(cls, save_name: str | None = None, folder: str | None = None) -> bool | str:
         try:
             if save_name is not None:  # None: it comes through a link
-                check_name(save_name)
+                _check_save_name(save_name)
             if folder is not None:
                 training_folder(folder)
         except ValueError as error:
@@ -118,11 +116,11 @@ class TrainSVDAdapter(io.ComfyNode):
         else:
             trainer = AdapterTrainer(old, settings, device)
         maker = ClipMaker(
-            vae=vae, image_vae=image_vae, clip_vision=clip_vision, frames=frames, width=width, height=height, seed=seed
+            vae=vae, image_vae=image_vae, clip_vision=clip_vision, frames=frames, width=width, height=height
         )
         node_id = cls.hidden.unique_id
         clips, notes = maker.clips(files, node_id)
-        session = Session(model, trainer, clips, places, node_id)
+        session = Session(model, trainer, clips, maker.encode, places, node_id)
         return io.NodeOutput(*session.run(steps, notes))
 
 
@@ -137,7 +135,7 @@ class Places:
     @classmethod
     def of(cls, name: str, resume: bool) -> Places:
         """Those of `name`, in folders that exist. Raises ValueError for a name that is taken, unless it is resumed."""
-        check_name(name)
+        _check_save_name(name)
         adapters = Path(folder_paths.get_folder_paths(FOLDER)[0])
         kept = Path(folder_paths.get_output_directory()) / "adapters"
         places = cls(
@@ -160,19 +158,24 @@ class Session:
     """One run of a training: progress, cancel, files and report."""
 
     def __init__(
-        self, model: Any, trainer: AdapterTrainer, clips: list[TrainingClip], places: Places, node_id: str | None
+        self,
+        model: Any,
+        trainer: AdapterTrainer,
+        clips: list[TrainingClip],
+        encode: Encode,
+        places: Places,
+        node_id: str | None,
     ) -> None:
         self._model, self._trainer, self._places, self._node_id = model, trainer, places, node_id
-        self._training = Training(trainer, clips, self._features)
+        self._training = Training(trainer, clips, self._features, self._encode)
+        self._make_image, self._loaded = encode, False
 
     def run(self, steps: int, notes: list[str]) -> tuple[str, Tensor, str]:
         """Train up to `steps` steps in all; (path, IMAGE of the loss curve, report)."""
         trainer, training, places, began = self._trainer, self._training, self._places, time.monotonic()
         bar = comfy.utils.ProgressBar(max(steps - trainer.steps, 0) + HELD_OUT, node_id=self._node_id)
-        mm.load_models_gpu([self._model], memory_required=self._model.memory_required(list(training.held.x0.shape)))
         try:
-            while trainer.steps < steps:
-                loss = training.step()
+            for loss in training.steps(steps):
                 bar.update(1)
                 self._say(f"step {trainer.steps} of {steps}, loss {loss:.4g}")
                 if trainer.steps % CHECKPOINT_EVERY == 0:
@@ -182,29 +185,39 @@ class Session:
                 trainer.save(places.state)
         tuned = trainer.result()
         before, after = training.compare(tuned, lambda: bar.update(1))
-        save_adapter(places.adapter, tuned - trainer.old, training.texts(before, after))
         picture = draw_losses(trainer.losses, training.title(places.adapter.stem, before, after))
         picture.save(places.curve)
+        training.check(before, after, f"output/adapters/{places.state.name}")
+        save_adapter(places.adapter, tuned - trainer.old, training.texts(before, after))
         kept = f"adapter {places.adapter.name} in models/loras; state and loss curve in output/adapters"
         report = "\n".join(training.report(before, after, time.monotonic() - began, kept, notes))
         self._say(report)
         _log.info("%s", report.replace("\n", "; "))
         return str(places.adapter), image_of(picture), report
 
-    def _features(self, clip: TrainingClip, drawn: Draw) -> tuple[Tensor, Tensor]:
+    def _encode(self, picture: Tensor) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
-        return network_features(self._model, clip, drawn)
+        self._loaded = False  # the image VAE may have taken the place of the model
+        return self._make_image(picture)
+
+    def _features(self, clip: TrainingClip, drawn: Draw, image: Tensor) -> tuple[Tensor, Tensor]:
+        mm.throw_exception_if_processing_interrupted()
+        if not self._loaded:
+            needed = self._model.memory_required(list(clip.x0.shape))
+            mm.load_models_gpu([self._model], memory_required=needed)
+            self._loaded = True
+        return network_features(self._model, clip, drawn, image)
 
     def _say(self, text: str) -> None:
         if self._node_id is not None:
             show_text(text, self._node_id)
 
 
-def network_features(model: Any, clip: TrainingClip, drawn: Draw) -> tuple[Tensor, Tensor]:
+def network_features(model: Any, clip: TrainingClip, drawn: Draw, image: Tensor) -> tuple[Tensor, Tensor]:
     """What enters the output layer of a loaded SVD (t, features, h, w), and what it should give (t, 4, h, w)."""
     network, device = model.model, model.load_device
     x0, noise, frames = clip.x0.to(device), drawn.noise.to(device), clip.x0.shape[0]
-    image, seen = (torch.zeros_like(t) if drawn.dropped else t for t in (clip.image, clip.seen))
+    image, seen = (torch.zeros_like(t) if drawn.dropped else t for t in (image, clip.seen))
     caught: list[Tensor] = []
 
     def catch(_: Any, arguments: tuple[Tensor, ...]) -> None:
@@ -213,7 +226,7 @@ def network_features(model: Any, clip: TrainingClip, drawn: Draw) -> tuple[Tenso
     handle = network.diffusion_model.out[2].register_forward_pre_hook(catch)
     try:
         with torch.inference_mode():  # nothing is kept for a way back
-            told = network.encode_adm(fps=clip.rate, motion_bucket_id=MOTION, augmentation_level=clip.augmentation)
+            told = network.encode_adm(fps=clip.rate, motion_bucket_id=clip.bucket, augmentation_level=drawn.level)
             network.apply_model(
                 x0 + drawn.sigma * noise,
                 torch.full((frames,), drawn.sigma, device=device),
@@ -228,13 +241,8 @@ def network_features(model: Any, clip: TrainingClip, drawn: Draw) -> tuple[Tenso
         handle.remove()
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError unless `name` is a plain file name on every system."""
-    if not _NAME.fullmatch(name) or name[-1] in " ." or DEVICE_NAME.fullmatch(name) or len(name.encode()) > 200:
-        raise ValueError(
-            f"The save_name is {name[:100]!r}: give a plain name of up to 80 letters, digits, blanks, dots, - and _, "
-            "such as svd_cv_vae_97; it is not a path, and the ending is added."
-        )
+def _check_save_name(name: str) -> None:
+    check_name("save_name", name, "svd_cv_vae_97", "it is not a path, and the ending is added")
 
 
 def _fingerprint(files: list[Path], frames: int, width: int, height: int) -> str:
@@ -292,16 +300,16 @@ def _training_inputs() -> list[Any]:
             default=500,
             min=1,
             max=10**6,
-            tooltip="Steps in all, each one pass of the model over one clip; the published tuning took 5000. Ridge "
-            "regression needs far fewer, a few for each clip.",
+            tooltip="Steps in all, each one pass of the model over one clip. Ridge regression needs a few dozen for "
+            "each clip at most; the published tuning by gradient descent took 5000.",
         ),
         field(
             io.Combo,
             "method",
             options=list(METHODS),
             default=METHODS[0],
-            tooltip="gradient descent: AdamW, as published. ridge regression: gathers sums in every step and solves "
-            "for the best weights at the end; no learning rate, but few clips can be learnt by heart.",
+            tooltip="ridge regression: gathers sums in every step and solves for the best weights at the end; no "
+            "learning rate. gradient descent: AdamW, as published; needs thousands of steps.",
         ),
         field(
             io.Float,

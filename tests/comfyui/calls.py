@@ -13,7 +13,7 @@ import torch
 from .inprocess import Comfy
 
 ENCODE = {"mode": "mean", "sample_seed": 0, "fps": 0.0, "memory_budget_gb": 0.0}
-ENCODE_VIDEO = {"mode": "mean", "sample_seed": 0, "first_frame": 0, "frame_count": 0, "memory_budget_gb": 0.0}
+ENCODE_PART = {**ENCODE, "first_frame": 0, "frame_count": 0, "preview": True}
 DECODE = {"memory_budget_gb": 0.0, "preview": False}
 DECODE_TO_VIDEO = {"fps": 0.0, "crf": 18, **DECODE}
 LOAD_VAE = {"dtype": "fp32", "device": "auto", "latent_layout": "auto"}
@@ -25,7 +25,7 @@ SAVE_VIDEO = {"format": "auto", "codec": "auto", "format.codec": "auto"}
 
 def encode(comfy: Comfy, vae: Any, images: Any, **changes: Any) -> tuple[dict[str, Any], str]:
     """(latent, report) of Video VAE Encode."""
-    latent, report = comfy.call("CVIV_Encode", vae=vae, images=images, **{**ENCODE, **changes})
+    latent, report, _, _ = comfy.call("CVIV_Encode", vae=vae, images=images, **{**ENCODE, **changes})
     return latent, report
 
 

@@ -40,6 +40,7 @@ LONG = {
     "drift_control": 0.0,
     "time_offset": False,
     "min_cfg": 0.0,
+    "window_schedule": "still",
 }
 
 
@@ -49,6 +50,7 @@ class Call:
 
     image, context: of the conditions, at one point. x: the noisy latents, (t, 4, h, w), scaled by the network's c_in.
     start: which latent of the clip the window begins at, as the hooks say. batch: positive and negative together.
+    told: the embedding of fps, motion bucket and augmentation level, (768,).
     """
 
     image: Tensor
@@ -58,6 +60,7 @@ class Call:
     frames: int
     start: int
     batch: int
+    told: Tensor
 
 
 class Function(torch.nn.Module):
@@ -93,6 +96,7 @@ class Function(torch.nn.Module):
                 frames=frames,
                 start=options.get("cviv_svd_start", 0),
                 batch=x.shape[0],
+                told=y[part][0].clone(),
             )
             if which == 0:
                 self.calls.append(call)

@@ -15,7 +15,7 @@ import torch
 from ..core.clips import as_pictures, moving_picture, with_sound, write_av
 from .calls import (
     DECODE_TO_VIDEO,
-    ENCODE_VIDEO,
+    ENCODE_PART,
     LOAD_LATENT,
     LOAD_VAE,
     SAVE_LATENT,
@@ -63,13 +63,14 @@ def test_any_length_and_size_comes_back(comfy: Comfy, small: Any, frames: int, h
         "width": width,
         "layout": small.layout,
     }
-    assert f"{frames} frames of {width}x{height}" in report
+    assert report.startswith(f"{frames} frame{'s' * (frames > 1)} {width}x{height}, ")
     images, fps, report = decode(comfy, small, latent)
     assert images.shape == (frames, height, width, 3)
     assert images.min() >= 0
     assert images.max() <= 1
     assert fps == 12.5
-    assert f"{frames} frames in" in report
+    assert report.startswith(f"{frames} frame{'s' * (frames > 1)} {width}x{height}, ")
+    assert ", exact" in report.splitlines()[0]
 
 
 @pytest.mark.parametrize(("height", "width"), [(71, 125), (570, 1000)])
@@ -121,18 +122,18 @@ def test_encode_video_reads_a_part_of_a_file(comfy: Comfy, load_vae: LoadVAE) ->
     write_av(comfy.base / "input" / "clip.mp4", as_pictures(moving_picture(20, 32, 48)), rate=Fraction(10))
     (video,) = comfy.call("LoadVideo", file="clip.mp4")
     images = video.get_components().images
-    latent, fps, audio, report = comfy.call("CVIV_EncodeVideo", vae=vae, video=video, **ENCODE_VIDEO)
+    latent, report, fps, audio = comfy.call("CVIV_Encode", vae=vae, images=video, **ENCODE_PART)
     assert latent["cviv"]["frames"] == 20
     assert (fps, audio) == (10.0, None)
-    assert "20 frames of 48x32" in report
+    assert report.startswith("20 frames 48x32, ")
     whole, _ = encode(comfy, vae, images)
     # readers turn the file's colours into RGB in slightly different ways
     backwards, _ = encode(comfy, vae, images.flip(0))
     off, far = ((one["samples"] - latent["samples"]).abs().mean() for one in (whole, backwards))
     assert off < 0.5 * far
 
-    part = {**ENCODE_VIDEO, "first_frame": 6, "frame_count": 5}
-    latent, *_ = comfy.call("CVIV_EncodeVideo", vae=vae, video=video, **part)
+    part = {**ENCODE_PART, "first_frame": 6, "frame_count": 5}
+    latent, *_ = comfy.call("CVIV_Encode", vae=vae, images=video, **part)
     assert latent["cviv"]["frames"] == 5
     cut, _ = encode(comfy, vae, images[6:11])
     shifted, _ = encode(comfy, vae, images[7:12])
@@ -142,8 +143,8 @@ def test_encode_video_reads_a_part_of_a_file(comfy: Comfy, load_vae: LoadVAE) ->
 def test_encode_video_gives_the_sound_of_the_part(comfy: Comfy, load_vae: LoadVAE) -> None:
     with_sound(comfy.base / "input" / "tone.mp4", 25)
     (video,) = comfy.call("LoadVideo", file="tone.mp4")
-    part = {**ENCODE_VIDEO, "first_frame": 5, "frame_count": 10}
-    _, fps, audio, _ = comfy.call("CVIV_EncodeVideo", vae=load_vae(SMALL["iv"]), video=video, **part)
+    part = {**ENCODE_PART, "first_frame": 5, "frame_count": 10}
+    _, _, fps, audio = comfy.call("CVIV_Encode", vae=load_vae(SMALL["iv"]), images=video, **part)
     assert fps == 25.0
     assert audio["waveform"].shape[-1] / audio["sample_rate"] == pytest.approx(10 / 25, abs=0.01)
     assert audio["waveform"].abs().max() > 0.1

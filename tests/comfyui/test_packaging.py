@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +22,7 @@ from .server import serve
 from .test_pack import IDS
 from .weights import SMALL
 
-NOT_PACKED = ("tests/", "benchmarks/", "docs/", ".ci/", ".github/", "__pycache__/")
+NOT_PACKED = ("tests/", ".ci/", ".github/", "__pycache__/", "vae_core/demo/demo_image_vae")
 
 
 def git(*arguments: str, cwd: Path = ROOT) -> str:
@@ -97,7 +101,58 @@ def test_the_archive_holds_what_users_need(archive: Path) -> None:
         "example_workflows/Reconstruct a video.jpg",
     ):
         assert needed in names
-    assert archive.stat().st_size < 40 << 20
+    assert [name for name in names if name.endswith(".py") and name.startswith(("benchmarks/", "docs/"))] == []
+    assert sum(name.startswith("configs/") for name in names) == 12  # of the guide docs/training.md, which is there
+    assert archive.stat().st_size < 19 << 20
+
+
+def test_no_link_in_the_archive_is_broken(archive: Path) -> None:
+    """README and guide as a user of the registry reads them; what is not packed is linked by nothing."""
+    with zipfile.ZipFile(archive) as file:
+        names = set(file.namelist())
+        pages = {
+            name: file.read(name).decode()
+            for name in names
+            if name.endswith(".md") and not name.startswith(("web/docs/", "benchmarks/"))
+        }
+    assert {"README.md", "docs/python.md", "docs/training.md", "CHANGELOG.md"} <= set(pages)
+    links = [(page, link) for page, text in pages.items() for link in _local_links(text)]
+    assert len([page for page, _ in links if page == "README.md"]) > 10
+    broken = [(page, link) for page, link in links if _target(page, link) not in names]
+    assert broken == []
+
+
+def test_the_manager_reads_the_archive(archive: Path, loaded: object, tmp_path: Path) -> None:
+    """By the functions that ComfyUI-Manager lists installed packs with; it unpacks, and adds a list of the files."""
+    reader = pytest.importorskip("comfyui_manager.common.cnr_utils", reason="comfyui-manager is not installed")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path / "cviv-vae")
+        (tmp_path / "cviv-vae" / ".tracking").write_text("\n".join(file.namelist()), encoding="utf-8")
+    told = reader.read_cnr_info(str(tmp_path / "cviv-vae"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert told == {
+        "id": "cviv-vae",
+        "original_name": "cviv-vae",
+        "version": project["version"],
+        "url": project["urls"]["Repository"],
+    }
+
+
+def test_the_version_is_the_package_s_own(loaded: Any) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["version"] == loaded.pack("vae_core").__version__
+    assert "dynamic" not in project["project"]
+
+
+def test_the_owner_s_lines_stand_in_one_place() -> None:
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    places = [number for number, line in enumerate(lines) if "OWNER" in line and not line.startswith("#")]
+    if not places:  # filled in
+        return
+    assert len(places) == 5
+    assert places[-1] - places[0] <= 6
+    comment = [line for line in lines[: places[0]] if "only the owner can fill in" in line]
+    assert comment
 
 
 def test_the_pack_from_the_archive_loads_and_works(archive: Path, models: Path, loaded: object, tmp_path: Path) -> None:
@@ -119,3 +174,13 @@ def test_the_pack_from_the_archive_loads_and_works(archive: Path, models: Path, 
         assert ended["status"]["status_str"] == "success"
         assert "cv-vae" in ended["outputs"]["info"]["text"][0]
         assert server.fetch(f"/extensions/cviv-vae/docs/{IDS[0]}.md")
+
+
+def _local_links(markdown: str) -> list[str]:
+    """Addresses of pictures and pages that are files, without what follows a #."""
+    found = re.findall(r"\]\(([^)\s]+)", markdown) + re.findall(r'(?:src|href)="([^"]+)"', markdown)
+    return [link.partition("#")[0] for link in found if not re.match(r"[a-z]+:|#|//", link)]
+
+
+def _target(page: str, link: str) -> str:
+    return posixpath.normpath(posixpath.join(posixpath.dirname(page), link.replace("%20", " ")))

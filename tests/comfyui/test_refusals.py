@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from .calls import DECODE, DECODE_TO_VIDEO, ENCODE, LOAD_VAE, decode, encode
 from .conftest import LoadVAE
 from .inprocess import Comfy, NodeError, RefusedError
+from .svd import small_svd
 from .weights import SMALL, picture
 
 
@@ -36,7 +38,9 @@ def test_wrong_channels(comfy: Comfy, load_vae: LoadVAE) -> None:
     latent = {"samples": torch.randn(3, 16, 4, 4)}
     message = refusal(comfy, "CVIV_Decode", vae=load_vae(SMALL["cv"]), samples=latent, **DECODE)
     assert "16 channels and the VAE (cv-vae) takes 4" in message
-    assert "cv-vae-sd3 (SD3, SD3.5)" in message
+    assert "cv-vae-sd3 or an image VAE with z 16 for SD3 and SD3.5 alone" in message
+    assert "Flux, Wan, Hunyuan Video, Qwen-Image and others have 16 channels, too" in message
+    assert "use the VAE of that model there" in message
 
 
 def test_wrong_rank(comfy: Comfy, load_vae: LoadVAE) -> None:
@@ -85,6 +89,28 @@ def test_iv_latents_do_not_go_where_sd_samplers_take_them(comfy: Comfy, load_vae
     latent, _ = encode(comfy, load_vae(SMALL["iv"]), picture(5, 16, 16))
     message = refusal(comfy, "CVIV_LatentLayout", samples=latent, layout="clip as frame batch", clips=1)
     assert "made by iv-vae, whose latent space is its own" in message
+
+
+def test_iv_latents_in_a_sampler(comfy: Comfy, load_vae: LoadVAE, tmp_path: Path) -> None:
+    """KSampler and Custom Sampler say it in a sentence; what only passes latents on still works."""
+    vae = load_vae(SMALL["iv"])
+    latent, _ = encode(comfy, vae, picture(9, 16, 16))
+    model, nothing = small_svd(comfy), [[torch.zeros(1, 1, 1024), {}]]
+    widgets = {"seed": 1, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "karras", "denoise": 1.0}
+    sampled = {"model": model, "positive": nothing, "negative": nothing, "latent_image": latent}
+    said = "This latent is of an IV-VAE, whose latent space is its own"
+    assert said in refusal(comfy, "KSampler", **sampled, **widgets)
+    samplers = comfy.module("comfy.samplers")
+    custom = {
+        **sampled, "add_noise": True, "noise_seed": 1, "cfg": 1.0, "sampler": samplers.sampler_object("euler"),
+        "sigmas": torch.tensor([1.0, 0.0]),
+    }  # fmt: skip
+    assert said in refusal(comfy, "SamplerCustom", **custom)
+    for node, inputs in (("RepeatLatentBatch", {"amount": 1}), ("LatentFromBatch", {"batch_index": 0, "length": 1})):
+        (passed,) = comfy.call(node, samples=latent, **inputs)
+        assert decode(comfy, vae, passed)[0].shape == (9, 16, 16, 3)
+    again = deepcopy(latent)
+    assert again["batch_index"] == [0]
 
 
 def test_weights_of_another_kind(comfy: Comfy, models: Path) -> None:

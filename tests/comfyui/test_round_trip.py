@@ -56,7 +56,7 @@ def test_it_is_encode_and_decode(comfy: Comfy, load_vae: LoadVAE, name: str, lay
     assert chart.shape[0] == 1
     assert chart.shape[-1] == 3
     assert "7 frames of 50x30" in table
-    for part in ("encoding: 7 frames in", "decoding: 7 frames in", "Result: exact", "float32 on cpu"):
+    for part in ("encoding: 7 frames 50x30, ", "decoding: 7 frames 50x30, ", "fps, exact", "float32 on cpu"):
         assert part in report
     assert f"worst {cells(table, 'PSNR')[1]}" in report
 

@@ -82,7 +82,7 @@ def test_layout_auto(load_vae: LoadVAE) -> None:
 def test_encode_and_decode(comfy: Comfy, case: Case, vae: Any, images: torch.Tensor) -> None:
     (latent,) = comfy.call("VAEEncode", pixels=images, vae=vae)
     assert latent["samples"].shape == case.shape
-    ours, _ = comfy.call(
+    ours, *_ = comfy.call(
         "CVIV_Encode", vae=vae, images=images, mode="mean", sample_seed=0, fps=0.0, memory_budget_gb=0.0
     )
     torch.testing.assert_close(latent["samples"], ours["samples"])
@@ -155,7 +155,7 @@ def test_save_and_load_latent(comfy: Comfy, case: Case, vae: Any, images: torch.
 
 def test_latent_upscale(comfy: Comfy, case: Case, vae: Any, images: torch.Tensor) -> None:
     """Our facts of size and length are of the small video, and must not cut the large one."""
-    latent, _ = comfy.call(
+    latent, *_ = comfy.call(
         "CVIV_Encode", vae=vae, images=images, mode="mean", sample_seed=0, fps=0.0, memory_budget_gb=0.0
     )
     (large,) = comfy.call(

@@ -175,6 +175,19 @@ def test_long_video(comfy: Comfy, clip_vision: Any, image_vae: Any, load_vae: Lo
     assert images.shape == (193, 48, 64, 3)
 
 
+def test_what_svd_does_not_know_is_said(comfy: Comfy, clip_vision: Any, image_vae: Any) -> None:
+    image = picture(1, 48, 64)
+    for changes, said in (
+        ({"fps": 12.0}, "SVD was trained on 5 to 30 per second: choose an fps of 20 to 120"),
+        ({"fps": 240.0}, "SVD was trained on 5 to 30 per second"),
+        ({"motion_bucket_id": 300}, "motion_bucket_id 300 is above 255, the most that SVD was trained on"),
+    ):
+        _, _, _, report = condition(comfy, clip_vision, image_vae, image, **changes)
+        assert said in report
+    _, _, _, report = condition(comfy, clip_vision, image_vae, image, fps=24.0, motion_bucket_id=255)
+    assert "trained on" not in report
+
+
 def test_refusals(comfy: Comfy, clip_vision: Any, image_vae: Any, load_vae: LoadVAE) -> None:
     image = picture(1, 48, 64)
     with pytest.raises(NodeError, match=r"image VAE is iv-vae, whose latent space is not SVD's.*Image Only Checkpoint"):

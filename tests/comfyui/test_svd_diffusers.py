@@ -28,11 +28,12 @@ def test_the_same_features_as_in_comfyui(comfy: Comfy, tmp_path: Path, monkeypat
     generator = torch.Generator().manual_seed(1)
     x0, image, noise = (torch.randn(n, 4, 8, 8, generator=generator) for n in (5, 1, 5))
     seen = torch.randn(1, 1, 1024, generator=generator)
-    clip = session.TrainingClip(name="", x0=x0, image=image, seen=seen, rate=6, augmentation=0.05)
+    first = torch.rand(1, 64, 64, 3, generator=generator)
+    clip = session.TrainingClip(name="", x0=x0, first=first, seen=seen, rate=6, motion=None, bucket=90)
     for sigma, dropped in ((0.3, False), (5.0, False), (80.0, True)):
-        drawn = training.Draw(clip=0, sigma=sigma, noise=noise, dropped=dropped)
-        features, target = comfy.pack("nodes.svd.training").network_features(model, clip, drawn)
-        ours, our_target = network.features(clip, drawn)
+        drawn = training.Draw(clip=0, sigma=sigma, noise=noise, dropped=dropped, level=0.05, image_seed=1)
+        features, target = comfy.pack("nodes.svd.training").network_features(model, clip, drawn, image)
+        ours, our_target = network.features(clip, drawn, image)
         assert torch.equal(our_target, target)
         assert (ours - features).abs().max() < 1e-3 * features.std()
 

@@ -68,9 +68,9 @@ def tone(container: OutputContainer, codec: str, rate: int = 48000) -> Callable[
     return write
 
 
-def with_sound(path: Path, frames: int, codec: str = "aac", rate: Fraction = Fraction(25)) -> Path:
+def with_sound(path: Path, frames: int, codec: str = "aac", rate: Fraction = Fraction(25), group: int = 250) -> Path:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
+        stream = container.add_stream("libx264", rate=rate, options={"g": str(group)})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         write_tone = tone(container, codec)
         for index in range(frames):

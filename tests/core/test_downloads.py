@@ -154,6 +154,32 @@ def test_a_refusal_by_the_server_is_no_part_of_the_file(tmp_path: Path, site: Si
         fetch("http://127.0.0.1:9", tmp_path / "file")
 
 
+def test_hugging_face_is_asked_the_same_way(
+    site: Site, monkeypatch: pytest.MonkeyPatch, small_vae: Callable[..., vae_core.VideoVAE], tmp_path: Path
+) -> None:
+    """Through HF_ENDPOINT; broken off, continued, checked, and saved under a name that says what it is."""
+    vae = small_vae("cv-vae", torch.float32)
+    vae_core.save(vae, tmp_path / "published.safetensors")
+    site.data = (tmp_path / "published.safetensors").read_bytes()
+    small = replace(OFFICIAL_FILES["vae3d_v1-1"], parameters=vae.info.parameters)
+    monkeypatch.setattr(downloads, "OFFICIAL_FILES", {**OFFICIAL_FILES, "vae3d_v1-1": small})
+    assert small.url.endswith("/AILab-CVC/CV-VAE/resolve/main/vae3d_v1-1/diffusion_pytorch_model.safetensors")
+    monkeypatch.setenv("HF_ENDPOINT", site.url)
+
+    def stop(here: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download("vae3d_v1-1", tmp_path / "models", report=stop)
+    (part,) = (tmp_path / "models").iterdir()
+    assert part.name == ".part.cv-vae_vae3d_v1-1.safetensors"
+    seen: list[tuple[int, int | None]] = []
+    path = download("vae3d_v1-1", tmp_path / "models", report=lambda here, total: seen.append((here, total)))
+    assert path.name == "cv-vae_vae3d_v1-1.safetensors"
+    assert path.read_bytes() == site.data
+    assert list((tmp_path / "models").iterdir()) == [path]
+
+
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'vae9d' is not a published file; choose one of vae3d, vae3d_v1-1"):
         download("vae9d", tmp_path)

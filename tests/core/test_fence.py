@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server", "execution"}
-EXTRAS = {"av", "typer", "rich", "torchmetrics", "PIL", "huggingface_hub", "matplotlib", "skimage", "ray", "lpips"}
+EXTRAS = {"av", "typer", "rich", "torchmetrics", "PIL", "matplotlib", "skimage", "ray", "lpips"}
 
 CODE = """
 import json, sys, time

@@ -257,7 +257,8 @@ def test_pieces_that_do_not_belong_together_are_refused(piece: Tensor, said: str
         (torch.zeros(1, 4, 5, 4, 6), {"width": 40}, "said to be 40x31"),
         (torch.zeros(1, 4, 5, 4, 6), {"fps": Fraction(0)}, "are above 0.*got fps 0"),
         (torch.zeros(1, 4, 5, 4, 6), {"start": -1}, "start is not negative.*start -1"),
-        (torch.zeros(1, 4, 5, 4, 6), {"audio": "\udc80"}, "is not valid text: rename that file"),
+        (torch.zeros(1, 4, 5, 4, 6), {"audio": "\udc80"}, "its name has no path"),
+        (torch.zeros(1, 4, 5, 4, 6), {"audio": "../clip.mka"}, "its name has no path"),
         (
             torch.zeros(1, 4, 5, 4, 6),
             {"extra": {"frames": "9"}},
@@ -343,7 +344,10 @@ def _rewritten(path: Path, shape: list[int] | None = None, dtype: str | None = N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format_version": "2"}, "has version '2' of the latent format; version 1 is known here. Update cviv-vae."),
+        (
+            {"format_version": "3"},
+            "has version '3' of the latent format; versions 1 and 2 are known here. Update cviv-vae.",
+        ),
         ({"format": "other"}, "its format is 'other'"),
         ({"layout": "b c t h w"}, "has its axes in the order 'b c t h w'"),
         ({"family": "wan"}, "is of the family 'wan'; known are cv-vae, cv-vae-sd3, iv-vae, image-vae"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vae_core.errors import VideoError
-from vae_core.media.audio import Sound, read_sound
+from vae_core.media.sound import Sound, read_sound
 from vae_core.media.video import Codec, Container, VideoWriter, frame_times, probe, read_frames
 
 from .clips import moving_picture, samples, tone_file, with_sound, write_av
@@ -94,8 +94,8 @@ def test_texts_go_into_the_file(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        ({"codec": "vp9"}, "vp9 video does not go into mov; choose h264, or another container"),
-        ({"bits": 12}, "h264 video with 12 bits cannot be written here; choose 8 bits"),
+        ({"codec": "vp9"}, "vp9 video does not go into mov; choose h264 or prores, or another container"),
+        ({"bits": 12}, "h264 video with 12 bits cannot be written here; choose 8 or 10 bits"),
         ({"container": "webm", "codec": "vp9", "bits": 10}, "vp9 video with 10 bits cannot be written"),
         ({"crf": 52}, r"the quality crf is 52; h264 takes 0 \(lossless\) to 51"),
         ({"crf": -1}, "the quality crf is -1"),

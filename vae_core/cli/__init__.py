@@ -2,7 +2,7 @@
 
 import sys
 
-_NEEDED = ("av", "huggingface_hub", "PIL", "rich", "typer")
+_NEEDED = ("av", "PIL", "rich", "typer")
 
 
 def main() -> None:

@@ -24,31 +24,56 @@ from rich.text import Text
 from .. import __version__
 from ..door.loading import DEMO_FOLDER, load
 from ..door.vae import VideoVAE
-from ..media.latents import TENSOR, LatentFile, open_latent
-from ..media.video import OUTPUT_SUFFIXES, check_output_name, probe
+from ..media.latents import SOUND_ENDING, TENSOR, LatentFile, open_latent, sound_name
+from ..media.pictures import is_picture
+from ..media.video import check_output_name, losses, probe
 from ..weights.downloads import OFFICIAL_FILES, download
-from ..weights.headers import UnreadableError, read_header
+from ..weights.files import SUFFIXES
+from ..weights.headers import UnreadableError, read_header, sniff
 from . import report
 from .encode_dataset import encode_dataset_command
 from .evaluate import build_set_command, evaluate_command
-from .guard import UserError, err, guarded, note, out, set_debug
+from .guard import UserError, err, guarded, note, out, say, set_debug
 from .inflate import inflate_command
 from .options import (
+    Bits,
+    CodecChoice,
+    Crf,
     Device,
     DType,
     DTypeOption,
     Frames,
+    HdrChoice,
+    HdrOption,
     Overwrite,
+    PixFmt,
     Seed,
+    SkipDamage,
     Start,
     Video,
     Weights,
+    form_of,
     load_weights,
 )
 from .plan import plan_command
 from .svd_adapter import train_svd_adapter_command
 from .train import train_command
-from .work import Advance, Clip, Quality, check_outputs, decode, encode, notes_on, open_clip, reconstruct, source_of
+from .work import (
+    Advance,
+    Clip,
+    Form,
+    Quality,
+    check_latent,
+    check_outputs,
+    decode,
+    decoded_paths,
+    encode,
+    fitting,
+    notes_on,
+    open_clip,
+    reconstruct,
+    sound_of,
+)
 
 DEMO_CLIP = DEMO_FOLDER / "demo_clip.mp4"
 DEMO_NAMES = ("demo-cv-vae", "demo-iv-vae")
@@ -95,17 +120,17 @@ def options(
 @app.command()
 @guarded
 def info(
-    file: Annotated[Path, typer.Argument(help="Weights (file or folder), a latent file, or a video.")],
+    file: Annotated[Path, typer.Argument(help="Weights (file or folder), a latent file, a video or a picture.")],
 ) -> None:
     """Say what a weights file, a latent file or a video holds."""
-    if file.suffix.lower() in OUTPUT_SUFFIXES:
-        out.print(_video_block(file), markup=False)
-        return
-    if _is_latent(file):
-        out.print(_latent_block(open_latent(file)), markup=False)
-        return
-    vae = load(str(file), dtype=None)
-    out.print(f"{file}\n{vae.info}\nstored as        {_name(vae.dtype)}", markup=False)
+    kind = _kind(file)
+    if kind == "latent":
+        say(_latent_block(open_latent(file)))
+    elif kind == "video":
+        say(_video_block(file))
+    else:
+        vae = load(str(file), dtype=None)
+        say(f"{file}\n{vae.info}\nstored as        {_name(vae.dtype)}")
 
 
 @app.command("encode")
@@ -121,16 +146,20 @@ def encode_command(
     device: Device = "auto",
     start: Start = 0,
     frames: Frames = None,
+    skip_damage: SkipDamage = False,
+    hdr: HdrChoice = HdrOption.tone_map,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a video into a latent file."""
-    path = output or Path(f"{video.stem}.latent.safetensors")
+    """Turn a video into a latent file, with its sound beside it."""
+    path = output or Path(fitting(video.stem, ".latent.safetensors", spare=len(SOUND_ENDING)))
     check_outputs((path,), overwrite=overwrite, inputs=(video,))
-    clip = _open(video, start, frames)
+    clip = _open(video, start, frames, skip_damage=skip_damage, hdr=hdr)
+    if clip.info.has_audio:
+        check_outputs((path.with_name(sound_name(path)),), overwrite=overwrite, inputs=(video,))
     vae = load_weights(weights, dtype, device)
-    with _progress("encoding", clip.expected) as advance:
+    with _progress("encoding", clip.frames) as advance:
         encode(vae, clip, path, seed=seed, advance=advance)
-    out.print(_latent_block(open_latent(path)), markup=False)
+    say(_latent_block(open_latent(path)))
 
 
 @app.command("decode")
@@ -138,7 +167,12 @@ def encode_command(
 def decode_command(
     latents: Annotated[Path, typer.Argument(help="A latent file that encode wrote.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The video; NAME_decoded.mp4 here if left out.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The video, a picture, or pictures such as out_%05d.png; NAME_decoded.mp4 if left out.",
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -148,20 +182,33 @@ def decode_command(
     ] = None,
     dtype: DTypeOption = DType.auto,
     device: Device = "auto",
+    crf: Crf = None,
+    codec: CodecChoice = None,
+    bits: Bits = None,
+    pix_fmt: PixFmt = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a latent file back into a video, with the sound of its source."""
-    path = output or Path(f"{latents.name.split('.')[0]}_decoded.mp4")
-    check_output_name(path)
+    """Turn a latent file back into a video with its sound, or into pictures."""
     file = open_latent(latents)
-    source, missing = source_of(file)
-    check_outputs((path,), overwrite=overwrite, inputs=[latents] + ([source.path] if source else []))
+    path = output or Path(fitting(latents.name.split(".")[0], f"_decoded{_usual_suffix(file.meta.frames)}"))
+    form = form_of(crf, codec, bits, pix_fmt)
+    _check_name(path, form)
+    sound, missing = sound_of(file)
+    paths = decoded_paths(file, path)
+    inputs = [latents] + ([] if sound is None else [sound])
+    check_outputs(paths, overwrite=overwrite, inputs=inputs, frames=file.meta.frames)
+    check_latent(file)
     vae = _load_for(file, weights, dtype, device)
     if missing is not None:
         note(missing)
+    if is_picture(path) and sound is not None:
+        note("Pictures hold no sound; it is left out.")
+    if is_picture(path) and file.meta.times is not None:
+        note("Pictures hold no times; those of the frames are left out.")
     with _progress("decoding", file.meta.frames) as advance:
-        decode(vae, file, path, source=source, advance=advance)
-    _say_written((("video", path),))
+        told = decode(vae, file, paths, form, sound=None if is_picture(path) else sound, advance=advance)
+    _say_told(told)
+    _say_written((_kind_of(path), made) for made in paths)
 
 
 @app.command("reconstruct")
@@ -170,7 +217,9 @@ def reconstruct_command(
     video: Video,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The reconstruction; NAME_reconstruction.mp4 here if left out."),
+        typer.Option(
+            "--output", "-o", help="The reconstruction, a video or pictures; NAME_reconstruction.mp4 here if left out."
+        ),
     ] = None,
     weights: Weights = "demo-cv-vae",
     seed: Seed = None,
@@ -178,23 +227,30 @@ def reconstruct_command(
     device: Device = "auto",
     start: Start = 0,
     frames: Frames = None,
+    skip_damage: SkipDamage = False,
+    hdr: HdrChoice = HdrOption.tone_map,
+    crf: Crf = None,
+    codec: CodecChoice = None,
+    bits: Bits = None,
+    pix_fmt: PixFmt = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Send a video through a VAE and back; write it, a side-by-side, and say how close it is."""
-    plain = output or Path(f"{video.stem}_reconstruction.mp4")
-    beside = plain.with_name(f"{plain.stem if output else video.stem}_side_by_side{plain.suffix}")
-    check_output_name(plain)
-    check_outputs((plain, beside), overwrite=overwrite, inputs=(video,))
-    clip = _open(video, start, frames)
+    clip = _open(video, start, frames, skip_damage=skip_damage, hdr=hdr)
+    suffix = _usual_suffix(1 if clip.info.still else 2)
+    plain = output or Path(fitting(video.stem, f"_reconstruction{suffix}"))
+    beside = plain.with_name(fitting(plain.stem if output else video.stem, f"_side_by_side{plain.suffix}"))
+    form = form_of(crf, codec, bits, pix_fmt)
+    _check_name(plain, form)
+    check_outputs((plain, beside), overwrite=overwrite, inputs=(video,), frames=clip.frames)
     vae = load_weights(weights, dtype, device)
-    with _progress("reconstructing", clip.expected) as advance:
-        quality = reconstruct(vae, clip, plain=plain, beside=beside, seed=seed, advance=advance)
+    with _progress("reconstructing", clip.frames) as advance:
+        quality, told = reconstruct(vae, clip, plain=plain, beside=beside, form=form, seed=seed, advance=advance)
+    _say_told(told)
     out.print(report.quality_table(quality, out.width))
     psnr, ssim = quality.mean
     count = len(quality.psnr)
-    out.print(
-        f"mean of {count} frame{'s' * (count != 1)}: PSNR {report.figure(psnr, 2)} dB, SSIM {report.figure(ssim, 4)}"
-    )
+    say(f"mean of {count} frame{'s' * (count != 1)}: PSNR {report.figure(psnr, 2)} dB, SSIM {report.figure(ssim, 4)}")
     _say_written((("reconstruction", plain), ("side by side", beside)))
 
 
@@ -208,16 +264,13 @@ def download_command(
     official = OFFICIAL_FILES.get(name)
     if official is None:
         raise UserError(f"{name!r} is not a published file; choose one of {', '.join(OFFICIAL_FILES)}.")
-    if official.host == "huggingface":
-        path = download(name, output)  # its library draws a bar of its own
-    else:
-        with _bar("downloading", None, unit="MB") as (bar, task):
+    with _bar("downloading", None, unit="MB") as (bar, task):
 
-            def report_bytes(here: int, total: int | None) -> None:
-                bar.update(task, completed=here // 10**6, total=None if total is None else total // 10**6)
+        def report_bytes(here: int, total: int | None) -> None:
+            bar.update(task, completed=here // 10**6, total=None if total is None else total // 10**6)
 
-            path = download(name, output, report=report_bytes)
-    out.print(f"{path}\nlicence: {official.licence}; from {official.page}", markup=False, soft_wrap=True)
+        path = download(name, output, report=report_bytes)
+    say(f"{path}\nlicence: {official.licence}; from {official.page}")
 
 
 @app.command()
@@ -239,20 +292,18 @@ def demo(
     videos = {name: (output / f"{name}.mp4", output / f"{name}_side_by_side.mp4") for name in DEMO_NAMES}
     check_outputs([path for pair in videos.values() for path in pair] + [sheet], overwrite=overwrite)
     clip = _open(DEMO_CLIP, 0, frames)
-    shown = report.spread(clip.expected or 1, DEMO_COLUMNS)
+    shown = report.spread(clip.frames, DEMO_COLUMNS)
     results: list[tuple[str, Quality, float]] = []
     pickers: list[report.FramePicker] = []
     for name, (plain, beside) in videos.items():
         vae, picker, began = load_weights(name, dtype, device), report.FramePicker(shown), time.monotonic()
-        with _progress(name, clip.expected) as advance:
-            quality = reconstruct(vae, clip, plain=plain, beside=beside, seed=None, advance=advance, watch=picker)
+        with _progress(name, clip.frames) as advance:
+            quality, _ = reconstruct(vae, clip, plain=plain, beside=beside, seed=None, advance=advance, watch=picker)
         results.append((f"{name} (z {vae.info.latent_channels})", quality, time.monotonic() - began))
         pickers.append(picker)
     _draw_sheet(sheet, clip, pickers, results)
     out.print(report.summary_table(results))
-    out.print(
-        "Demo weights are small and briefly trained: they show that all works, not what the papers' models reach."
-    )
+    say("Demo weights are small and briefly trained: they show that all works, not what the papers' models reach.")
     _say_written([(name, path) for name, pair in videos.items() for path in pair] + [("contact sheet", sheet)])
 
 
@@ -270,11 +321,28 @@ def _draw_sheet(
 # ------------------------------------------------------------------------------------------------------ helpers
 
 
-def _open(path: Path, start: int, frames: int | None) -> Clip:
-    clip = open_clip(path, start, frames)
+def _open(
+    path: Path, start: int, frames: int | None, *, skip_damage: bool = False, hdr: HdrOption = HdrOption.tone_map
+) -> Clip:
+    clip = open_clip(path, start, frames, skip_damage=skip_damage, hdr=hdr.value)
     for text in notes_on(clip):
         note(text)
     return clip
+
+
+def _usual_suffix(frames: int) -> str:
+    return ".png" if frames == 1 else ".mp4"
+
+
+def _kind_of(path: Path) -> str:
+    return "video" if not is_picture(path) else "pictures" if "%" in path.name else "picture"
+
+
+def _check_name(path: Path, form: Form) -> None:
+    """Raise VideoError or UserError for a name or a form that cannot be written."""
+    if not is_picture(path):
+        check_output_name(path)
+    form.check(path)
 
 
 def _load_for(file: LatentFile, weights: str | None, dtype: DType, device: str) -> VideoVAE:
@@ -322,7 +390,23 @@ def _progress(what: str, total: int | None) -> Generator[Advance, None, None]:
 
 def _say_written(files: Iterable[tuple[str, Path]]) -> None:
     for name, path in files:
-        out.print(f"{name}: {path}", markup=False, soft_wrap=True)
+        say(f"{name}: {path}")
+
+
+def _say_told(told: Iterable[str]) -> None:
+    for sentence in dict.fromkeys(told):
+        note(f"{sentence[0].upper()}{sentence[1:]}.")
+
+
+def _kind(path: Path) -> str:
+    """ "latent", "video" or "weights", by what the file holds."""
+    if path.is_dir() or not path.exists() or path.suffix.lower() in SUFFIXES:
+        return "latent" if _is_latent(path) else "weights"
+    try:
+        sniff(path)
+    except UnreadableError:
+        return "video"
+    return "latent" if _is_latent(path) else "weights"
 
 
 def _is_latent(path: Path) -> bool:
@@ -333,31 +417,37 @@ def _is_latent(path: Path) -> bool:
 
 
 def _latent_block(file: LatentFile) -> str:
-    meta, (_, channels, length, height, width) = file.meta, file.shape
-    source = f"{meta.audio}, from frame {meta.start}" if meta.audio else "none"
-    return "\n".join(
-        (
-            str(file.path),
-            f"family           {meta.family}",
-            f"latent           {length} frames of {width}x{height}, {channels} channels, {_name(file.dtype)}",
-            f"video            {meta.frames} frames of {meta.width}x{meta.height}, {float(meta.fps):g} frames/s",
-            f"scaled           {'yes, by the VAE' if meta.scaled else 'no, the sampler does it'}",
-            f"sound from       {source}",
-        )
-    )
+    meta, (clips, channels, length, height, width) = file.meta, file.shape
+    lines = [
+        str(file.path),
+        f"family           {meta.family}",
+        f"latent           {length} frames of {width}x{height}, {channels} channels, {_name(file.dtype)}",
+        f"video            {meta.frames} frames of {meta.width}x{meta.height}, {float(meta.fps):g} frames/s",
+        f"scaled           {'yes, by the VAE' if meta.scaled else 'no, the sampler does it'}",
+        f"sound in         {meta.audio or 'none'}",
+    ]
+    if clips > 1:
+        lines.insert(2, f"clips            {clips}")
+    if meta.aspect != 1:
+        lines.append(f"pixel shape      {meta.aspect.numerator}:{meta.aspect.denominator}")
+    if meta.times is not None:
+        lines.append(f"frame times      of their own, {float(meta.times[-1]):.3f} s in all")
+    return "\n".join(lines)
 
 
 def _video_block(path: Path) -> str:
     found = probe(path)
     frames = found.frames or f"about {found.expected_frames or '?'}"
-    return "\n".join(
-        (
-            str(path),
-            f"video            {found.width}x{found.height}, {found.codec}",
-            f"frames           {frames} at {float(found.fps):g} frames/s",
-            f"sound            {found.audio_codec or 'none'}",
-        )
-    )
+    tracks = f", the first of {found.sounds} tracks" if found.sounds > 1 else ""
+    lines = [
+        str(path),
+        f"{'picture' if found.still else 'video'.ljust(7)}          {found.width}x{found.height}, {found.codec}",
+        f"frames           {frames} at {float(found.fps):g} frames/s",
+        f"sound            {found.audio_codec or 'none'}{tracks}",
+    ]
+    if found.aspect != 1:
+        lines.append(f"pixel shape      {found.aspect.numerator}:{found.aspect.denominator}")
+    return "\n".join(lines + [f"note             {ending}" for ending in losses(found)])
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..dataset import Counts, EncodeJob, EncodeJobError, EncodeSettings
 from ..training.data import TrainingDataError
-from .guard import UserError, err, guarded, note, out
+from .guard import UserError, err, guarded, note, say
 from .options import Device, DType, DTypeOption, Seed, Weights, device_and_dtype
 
 SKIPPED = 3  # exit code: done, but clips were left out
@@ -86,11 +86,13 @@ def encode_dataset_command(
         note(f"left out: {reason if name in reason else f'{name}: {reason}'}")
     if len(errors) > _SHOWN:
         note(f"and {len(errors) - _SHOWN} more; manifest.json names them all.")
-    out.print(
+    for name, ending in list(job.damaged.items())[:_SHOWN]:
+        note(f"{name} {ending}; it is encoded all the same.")
+    if len(job.damaged) > _SHOWN:
+        note(f"and {len(job.damaged) - _SHOWN} more that are damaged; manifest.json names them all.")
+    say(
         f"{output}: {counts.encoded} of {counts.clips} clips encoded, {counts.now} of them in this run; "
-        f"{counts.frames} frames; {counts.broken} clips left out",
-        markup=False,
-        soft_wrap=True,
+        f"{counts.frames} frames; {counts.broken} clips left out"
     )
     if errors:
         raise typer.Exit(SKIPPED)

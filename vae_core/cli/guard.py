@@ -1,7 +1,8 @@
-"""Every way a command can end: its exit code and its one line."""
+"""Every way a command can end: its exit code and its one line; and every line that it says."""
 
 import errno
 import functools
+import re
 import signal
 import sys
 import traceback
@@ -20,8 +21,9 @@ from ..weights.downloads import DownloadError
 
 P = ParamSpec("P")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 class UserError(ValueError):
@@ -41,9 +43,24 @@ def set_debug(value: bool) -> None:
     _Mode.debug = value
 
 
+def say(text: str) -> None:
+    """Lines to stdout, as they are: neither wrapped nor read as markup; what would steer a terminal is shown."""
+    out.print(visible(text), soft_wrap=True, markup=False)
+
+
 def note(text: str) -> None:
     """One line to stderr that is no error."""
-    err.print(f"Note: {text}", soft_wrap=True, markup=False)
+    err.print(visible(f"Note: {text}"), soft_wrap=True, markup=False)
+
+
+def warn(text: str) -> None:
+    """One line to stderr that tells of a failure while the command goes on."""
+    err.print(visible(text), soft_wrap=True, markup=False)
+
+
+def visible(text: str) -> str:
+    """`text` with its control characters, from a file's names and texts, written out: an escape as \\x1b."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -58,9 +75,9 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _end("Stopped. No unfinished file is left behind.", 130)
         except Terminated:
             _end("Ended from outside. No unfinished file is left behind.", 143)
-        except (UserError, CheckpointError, LatentFileError, VideoError) as error:
+        except (UserError, CheckpointError, LatentFileError, VideoError, NotFiniteError) as error:
             _end(str(error), 2)
-        except (DownloadError, NotFiniteError) as error:
+        except DownloadError as error:
             _end(str(error), 1)
         except (MemoryError, torch.cuda.OutOfMemoryError):
             _end("Out of memory. Use a smaller picture, --dtype bfloat16, or --device cpu.", 1)
@@ -93,7 +110,7 @@ def _os_words(error: OSError) -> str:
 def _end(line: str, code: int) -> NoReturn:
     if _Mode.debug and sys.exc_info()[0] is not None and code == 2:
         traceback.print_exc()
-    err.print(f"Error: {line}" if code in (1, 2) else line, soft_wrap=True, markup=False)
+    warn(f"Error: {line}" if code in (1, 2) else line)
     raise typer.Exit(code) from None
 
 

@@ -10,6 +10,7 @@ import typer
 from ..door.loading import load
 from ..door.vae import VideoVAE
 from .guard import UserError
+from .work import Form
 
 
 class DType(str, Enum):
@@ -19,6 +20,24 @@ class DType(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class HdrOption(str, Enum):
+    """What to do with PQ and HLG."""
+
+    tone_map = "tone-map"
+    refuse = "refuse"
+    keep = "keep"
+
+
+class CodecOption(str, Enum):
+    """Codecs that can be asked for."""
+
+    h264 = "h264"
+    vp9 = "vp9"
+    av1 = "av1"
+    prores = "prores"
+    ffv1 = "ffv1"
 
 
 Weights = Annotated[
@@ -31,7 +50,33 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, 
 Start = Annotated[int, typer.Option("--start", min=0, help="First frame to use, counted from 0.")]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="How many frames to use; without: to the end.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+SkipDamage = Annotated[
+    bool,
+    typer.Option("--skip-damage", help="Go on where frames are damaged; the one before stands in for a missing one."),
+]
+HdrChoice = Annotated[
+    HdrOption,
+    typer.Option("--hdr", help="PQ and HLG: tone-map to SDR by the curve of BT.2390, refuse, or keep the codes."),
+]
+Crf = Annotated[
+    float | None,
+    typer.Option("--crf", min=0, max=63, help="Quality, 0 is lossless; 16 if left out.", show_default=False),
+]
+CodecChoice = Annotated[
+    CodecOption | None, typer.Option("--codec", help="h264, vp9, av1, prores (.mov), ffv1 (.mkv, lossless RGB).")
+]
+Bits = Annotated[
+    int | None, typer.Option("--bits", help="Per channel: 8, 10; FFV1, PNG and TIFF also 16.", show_default=False)
+]
+PixFmt = Annotated[
+    str | None, typer.Option("--pix-fmt", help="Pixel format, such as yuv444p10le.", metavar="NAME", show_default=False)
+]
 Video = Annotated[Path, typer.Argument(help="A video or an image file.", show_default=False)]
+
+
+def form_of(crf: float | None, codec: CodecOption | None, bits: int | None, pix_fmt: str | None) -> Form:
+    """How the options ask for a result to be stored."""
+    return Form(crf=crf, codec=None if codec is None else codec.value, bits=bits, pix_fmt=pix_fmt)
 
 
 def load_weights(weights: str, dtype: DType, device: str) -> VideoVAE:

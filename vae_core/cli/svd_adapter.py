@@ -5,7 +5,7 @@ import importlib.util
 import itertools
 import json
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -20,10 +20,11 @@ from torch import Tensor
 from ..door.vae import VideoVAE
 from ..families import VIDEO
 from ..media.latents import open_latent
-from ..media.video import frame_times, probe, read_frames
+from ..media.video import probe, read_frames
 from ..pictures.losses import draw_losses
 from ..svd.adapter import OUTPUTS, save_adapter
-from ..svd.session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, augmented
+from ..svd.scenes import beginning_of, look_through, spans_of
+from ..svd.session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, WorseLayerError, with_buckets
 from ..svd.trainer import LATENT_SCALE, METHODS, AdapterTrainer, TrainSettings
 from .guard import UserError, err, guarded, note, out
 from .options import Device, DType, DTypeOption, Overwrite, device_and_dtype, load_weights
@@ -39,10 +40,10 @@ _UNIT = 8 * VIDEO.space  # pixels; the U-Net halves a latent three times
 
 
 class Method(str, Enum):
-    """How to train."""
+    """How to train, in the order of `METHODS`."""
 
-    DESCENT = "gradient-descent"
     RIDGE = "ridge-regression"
+    DESCENT = "gradient-descent"
 
 
 @guarded
@@ -53,8 +54,10 @@ def train_svd_adapter_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The adapter; NAME.state.safetensors and NAME.png lie beside it.")
     ] = Path("svd_cv_vae.safetensors"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps in all; the published tuning took 5000.")] = 500,
-    method: Annotated[Method, typer.Option("--method", help="AdamW, as published, or a closed form.")] = Method.DESCENT,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Steps in all; the published tuning by gradient descent took 5000.")
+    ] = 500,
+    method: Annotated[Method, typer.Option("--method", help="A closed form, or AdamW, as published.")] = Method.RIDGE,
     learning_rate: Annotated[float, typer.Option("--learning-rate", min=1e-8, max=1.0, help="Of AdamW.")] = 1e-5,
     ridge: Annotated[
         float, typer.Option("--ridge", min=1e-9, help="How strongly ridge regression holds the old weights.")
@@ -93,17 +96,17 @@ def train_svd_adapter_command(
         trainer = AdapterTrainer.resume(places.state, network.old, settings, where)
     else:
         trainer = AdapterTrainer(network.old, settings, where)
-    clips, notes = _clips(files, shape, _Models.load(source, weights, dtype, device), seed)
+    models = _Models.load(source, weights, dtype, device)
+    clips, notes = _clips(files, shape, models)
     network.to(where)
-    _train(Training(trainer, clips, network.features), places, steps, notes)
+    _train(Training(trainer, clips, network.features, models.image), places, steps, notes)
 
 
 def _train(training: Training, places: "_Places", steps: int, notes: list[str]) -> None:
     trainer, began = training.trainer, time.monotonic()
     with _bar("training", max(0, steps - trainer.steps) + HELD_OUT) as (bar, task):
         try:
-            while trainer.steps < steps:
-                loss = training.step()
+            for loss in training.steps(steps):
                 bar.update(task, advance=1, description=f"loss {loss:.4g}")
                 if trainer.steps % CHECKPOINT_EVERY == 0:
                     trainer.save(places.state)
@@ -114,8 +117,12 @@ def _train(training: Training, places: "_Places", steps: int, notes: list[str]) 
                 trainer.save(places.state)
         tuned = trainer.result()
         before, after = training.compare(tuned, lambda: bar.advance(task))
-    save_adapter(places.adapter, tuned - trainer.old, training.texts(before, after))
     draw_losses(trainer.losses, training.title(places.adapter.stem, before, after)).save(places.curve)
+    try:
+        training.check(before, after, str(places.state))
+    except WorseLayerError as error:
+        raise UserError(str(error)) from error
+    save_adapter(places.adapter, tuned - trainer.old, training.texts(before, after))
     where = f"adapter {places.adapter}\nstate {places.state}\nloss curve {places.curve}"
     report = training.report(before, after, time.monotonic() - began, where, notes)
     out.print("\n".join(report), markup=False, soft_wrap=True)
@@ -182,7 +189,7 @@ class _Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class _Models:
-    """What makes clips of files. image_vae: SVD's own, None where it is not at hand and `vae` takes its part."""
+    """What makes clips of files. image_vae: SVD's own, None where it is not at hand and `vae` stands in for it."""
 
     vae: VideoVAE
     encoder: "ImageEncoder"
@@ -211,7 +218,17 @@ class _Models:
         return self.vae.encode(picture.movedim(-1, 1).unsqueeze(2).mul(2).sub(1)).float().cpu()[:, :, 0]
 
 
-def _clips(files: list[Path], shape: _Shape, models: _Models, seed: int) -> tuple[list[TrainingClip], list[str]]:
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """A clip without its embedding. z: (t, 4, h, w), unscaled. first: (1, h, w, 3) in 0..1. motion: see `Look`."""
+
+    z: Tensor
+    first: Tensor
+    fps: float
+    motion: float | None
+
+
+def _clips(files: list[Path], shape: _Shape, models: _Models) -> tuple[list[TrainingClip], list[str]]:
     """All clips of `files`, and sentences on what was left out."""
     clips: list[TrainingClip] = []
     notes: list[str] = []
@@ -220,45 +237,43 @@ def _clips(files: list[Path], shape: _Shape, models: _Models, seed: int) -> tupl
             bar.update(task, description=file.name)
             make = _of_latent if file.suffix.lower() == LATENTS else _of_video
             before = len(clips)
-            for z, first, rate in make(file, shape, models.vae):
-                level, noisy = augmented(first, seed, len(clips))
+            for made in make(file, shape, models.vae):
                 clips.append(
                     TrainingClip(
                         name=f"{file.name} #{len(clips) - before + 1}",
-                        x0=z * LATENT_SCALE,
-                        image=models.image(noisy),
-                        seen=models.encoder.see(first),
-                        rate=max(1, round(rate / VIDEO.time)),
-                        augmentation=level,
+                        x0=made.z * LATENT_SCALE,
+                        first=made.first.half(),
+                        seen=models.encoder.see(made.first),
+                        rate=max(1, round(made.fps / VIDEO.time)),
+                        motion=None if made.motion is None else made.motion * made.fps / VIDEO.time,
                     )
                 )
             if len(clips) == before:
-                notes.append(f"{file.name} is left out: it has fewer than {_FEWEST} frames")
+                notes.append(f"{file.name} is left out: it has fewer than {_FEWEST} frames without a cut")
             bar.advance(task)
     if not clips:
-        raise UserError(f"No clip can be trained on: every file has fewer than {_FEWEST} frames. Add longer ones.")
-    return clips, notes
+        raise UserError(
+            f"No clip can be trained on: every file has fewer than {_FEWEST} frames without a cut. Add longer ones."
+        )
+    return with_buckets(clips), notes
 
 
-def _of_video(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """(latent (t, 4, h, w), first frame (1, h, w, 3) in 0..1, frames per second) of each clip, one after another."""
+def _of_video(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[_Made]:
+    """Clips of a video, one after another, none across a cut."""
     from ..evaluation.protocols import cover
 
-    info = probe(file)
-    total = len(frame_times(file)) or info.expected_frames or 0
-    count = (min(shape.frames, total) - 1) // VIDEO.time * VIDEO.time + 1
-    if count < _FEWEST:
-        return
-    pictures = (frame for piece in read_frames(file) for frame in piece.split(1, dim=2))
-    for _ in range(total // count):
-        scaled = [cover(frame, (shape.height, shape.width)) for frame in itertools.islice(pictures, 1)]
-        more = (cover(frame, (shape.height, shape.width)) for frame in itertools.islice(pictures, count - 1))
-        z = torch.cat(list(vae.encode_stream(itertools.chain(scaled, more))), dim=2)  # 1 c t h w
-        yield _frames_first(z), _picture(scaled[0]), float(info.fps)
+    fps, size = float(probe(file).fps), (shape.height, shape.width)
+    at, pictures = 0, _singles(read_frames(file))
+    for span in spans_of(look_through(read_frames(file)), shape.frames):
+        first = cover(next(itertools.islice(pictures, span.start - at, None)), size)
+        more = (cover(frame, size) for frame in itertools.islice(pictures, span.frames - 1))
+        at = span.start + span.frames
+        z = torch.cat(list(vae.encode_stream(itertools.chain([first], more))), dim=2)  # 1 c t h w
+        yield _Made(z=_frames_first(z), first=_picture(first), fps=fps, motion=span.motion)
 
 
-def _of_latent(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """The beginning of a latent file; its first frame is decoded."""
+def _of_latent(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[_Made]:
+    """The beginning of a latent file, up to the first cut; decoded to see what is in it."""
     opened = open_latent(file)
     if (opened.meta.family, opened.shape[1]) != ("cv-vae", OUTPUTS):
         raise UserError(
@@ -269,13 +284,22 @@ def _of_latent(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[tuple[Tenso
     if height % (_UNIT // VIDEO.space) or width % (_UNIT // VIDEO.space):
         raise UserError(
             f"{file} is a latent of {width * VIDEO.space}x{height * VIDEO.space} pixels; SVD is trained on multiples "
-            f"of {_UNIT}, such as 1024x576: scale the video before it is encoded."
+            f"of {_UNIT}, such as 1024x576: scale the video before it is encoded, or take the file out of the folder."
         )
     count = min(opened.shape[2], VIDEO.latent_frames(shape.frames))
     if count < 2:
         return
     z = opened.read(0, count).float()
-    yield _frames_first(z), _picture(vae.decode(z[:, :, :1])), float(opened.meta.fps)
+    shown = list(itertools.islice(_singles(vae.decode_stream(z)), 0, None, VIDEO.time))  # a frame for each latent
+    span = beginning_of(look_through(shown, every=VIDEO.time), count)
+    if span.frames >= 2:
+        yield _Made(
+            z=_frames_first(z)[: span.frames], first=_picture(shown[0]), fps=float(opened.meta.fps), motion=span.motion
+        )
+
+
+def _singles(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    return (frame for piece in pieces for frame in piece.split(1, dim=2))
 
 
 def _frames_first(z: Tensor) -> Tensor:

@@ -1,79 +1,124 @@
-"""What the commands do: pieces of video through a VAE and into files, a bounded number of frames at a time."""
+"""What the commands do: chunks of video through a VAE and into files, a bounded number of frames at a time."""
+
+from __future__ import annotations
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..atomic import LONGEST_NAME
 from ..door.vae import VideoVAE
-from ..errors import VideoError
-from ..media.latents import LatentFile, LatentMeta, LatentWriter
-from ..media.video import VideoInfo, VideoWriter, frame_times, is_variable, probe, read_frames
+from ..errors import LatentFileError, VideoError
+from ..media.audio import SIDECAR_START, save_sound
+from ..media.latents import LatentFile, LatentMeta, LatentWriter, sound_name
+from ..media.opening import open_media, sound_stream
+from ..media.pictures import PictureWriter, is_picture, picture_paths
+from ..media.pixels import Hdr
+from ..media.scanning import timeline_of
+from ..media.timeline import Timeline
+from ..media.video import Codec, VideoInfo, VideoWriter, checked_stop, losses, probe, read_frames
 from ..metrics import frame_quality
 from .guard import UserError
 
 Advance = Callable[[int], None]
 Watch = Callable[[int, Tensor, Tensor], None]
+Writer = VideoWriter | PictureWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a result is stored; None for what is usual. Raises UserError where pictures are given what videos have."""
+
+    crf: float | None = None
+    codec: Codec | None = None
+    bits: int | None = None
+    pix_fmt: str | None = None
+
+    def check(self, path: Path) -> None:
+        """Raise UserError for a choice that this kind of file does not have."""
+        if is_picture(path) and (self.crf is not None or self.codec is not None or self.pix_fmt is not None):
+            raise UserError(f"{path} is a picture: --crf, --codec and --pix-fmt are of videos; leave them out.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """The part of a video file that a command works on; `times` are of its frames, in seconds of the file's clock."""
+    """The frames of a video file that a command works on: those from `start` to `stop` - 1 of its timeline."""
 
     path: Path
     info: VideoInfo
+    timeline: Timeline
     start: int
-    frames: int | None
-    times: list[Fraction]
-    end: Fraction | None
+    stop: int
+    wanted: int | None = None
+    skip_damage: bool = False
+    hdr: Hdr = "tone-map"
 
     @property
-    def expected(self) -> int | None:
-        """How many frames there should be, for the progress bar."""
-        if self.times:
-            return len(self.times)
-        known = self.info.expected_frames
-        if known is None:
-            return self.frames
-        return min(self.frames or known, max(1, known - self.start))
+    def frames(self) -> int:
+        """How many there are."""
+        return self.stop - self.start
 
     @property
-    def audio_range(self) -> tuple[Fraction, Fraction | None]:
-        """First and end of its sound, in seconds of the file's clock; end None for all the rest."""
-        return (self.times[0] if self.times else self.start / self.info.fps), self.end
+    def times(self) -> list[Fraction] | None:
+        """When each is shown, in seconds of the file's clock, and when the last ends; None where they are on time."""
+        if self.timeline.on_time(self.start, self.stop):
+            return None
+        return [*self.timeline.times(self.start, self.stop), self.timeline.time(self.stop)]
+
+    @property
+    def sound_range(self) -> tuple[Fraction, Fraction | None]:
+        """First and end of their sound, in seconds of the file's clock; end None for all the rest."""
+        last = self.stop == len(self.timeline) and self.timeline.whole and not self.timeline.cut
+        return self.timeline.time(self.start), None if last else self.timeline.time(self.stop)
 
     def read(self) -> Iterator[Tensor]:
-        """Its frames, in small pieces."""
-        return read_frames(self.path, self.start, self.frames)
+        """The frames, a few at a time."""
+        return read_frames(self.path, self.start, self.frames, skip_damage=self.skip_damage, hdr=self.hdr)
 
-    def writer(self, path: Path, *, beside: bool = False) -> VideoWriter:
+    def writer(self, path: Path, form: Form, *, beside: bool = False) -> Writer:
         """A file like this one: its size (twice as wide with `beside`), rate, frame times and sound."""
         height, width = self.info.size
+        size = (height, 2 * width if beside else width)
+        if is_picture(path):
+            return PictureWriter(path, size=size, count=self.frames, bits=form.bits)
         return VideoWriter(
             path,
-            fps=self.info.fps,
-            size=(height, 2 * width if beside else width),
-            times=self.times,
+            fps=self.timeline.fps,
+            size=size,
+            **_uneven(self.times),
             aspect=self.info.aspect,
             audio_from=self.path if self.info.has_audio else None,
-            audio_range=self.audio_range,
+            audio_range=self.sound_range,
+            audio_shifts=self.timeline.shifts,
+            crf=form.crf,
+            codec=form.codec,
+            bits=form.bits,
+            pix_fmt=form.pix_fmt,
         )
 
 
-def open_clip(path: Path, start: int, frames: int | None) -> Clip:
-    """Look at the file, and at the times of the frames that are wanted. Raises VideoError."""
+def open_clip(
+    path: Path, start: int = 0, frames: int | None = None, *, skip_damage: bool = False, hdr: Hdr = "tone-map"
+) -> Clip:
+    """Look at the file and decode the frames that are wanted once. Raises VideoError where they cannot be used."""
     info = probe(path)
-    times = frame_times(path, start, None if frames is None else frames + 1)
-    end: Fraction | None = None
-    if frames is not None:
-        begin = times[0] if times else start / info.fps
-        end = times[frames] if len(times) > frames else begin + frames / info.fps
-    return Clip(path=path, info=info, start=start, frames=frames, times=times[:frames], end=end)
+    if info.hdr and hdr == "refuse":
+        raise VideoError(
+            f"{path}: is HDR ({info.transfer}), which was to be refused; tone-map it first, or leave --hdr out."
+        )
+    timeline = timeline_of(path, None if frames is None else start + frames)
+    stop = checked_stop(path, timeline, start, frames, skip_damage=skip_damage)
+    return Clip(
+        path=path, info=info, timeline=timeline, start=start, stop=stop, wanted=frames, skip_damage=skip_damage, hdr=hdr
+    )
 
 
 @dataclass
@@ -97,20 +142,36 @@ class Quality:
 def encoded(
     vae: VideoVAE, frames: Iterable[Tensor], seed: int | None, advance: Advance | None = None
 ) -> Iterator[Tensor]:
-    """Latents of a stream of frames; without a seed the mean, with one a draw from the posterior."""
+    """Latents of a stream of frames; without a seed the mean, with one a draw from the posterior.
+
+    Raises UserError where they are not finite.
+    """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def counted() -> Iterator[Tensor]:
-        for piece in frames:
-            yield piece
+        for chunk in frames:
+            yield chunk
             if advance is not None:
-                advance(piece.shape[2])
+                advance(chunk.shape[2])
 
-    return vae.encode_stream(counted(), pad=True, sample=seed is not None, generator=generator)
+    done = 0
+    for chunk in vae.encode_stream(counted(), pad=True, sample=seed is not None, generator=generator):
+        if not torch.isfinite(chunk).all():
+            raise UserError(
+                f"Encoding gives NaN or infinity from latent frame {done} on. {_remedy(vae.dtype)} Nothing was written."
+            )
+        done += chunk.shape[2]
+        yield chunk
+
+
+def _remedy(dtype: torch.dtype) -> str:
+    if dtype == torch.float16:
+        return "float16 overflows with these weights: choose --dtype bfloat16 or float32."
+    return "The weights are damaged or were trained to nothing: use other weights."
 
 
 def encode(vae: VideoVAE, clip: Clip, path: Path, *, seed: int | None, advance: Advance) -> LatentMeta:
-    """Write the latent of `clip`; returns what the file says of itself."""
+    """Write the latent of `clip`, and its sound beside it; returns what the file says of itself."""
     count = 0
 
     def counted(frames: int) -> None:
@@ -118,44 +179,112 @@ def encode(vae: VideoVAE, clip: Clip, path: Path, *, seed: int | None, advance: 
         count += frames
         advance(frames)
 
-    source = clip.info.has_audio or is_variable(clip.times, clip.info.fps)  # what decoding takes from the source
+    times = clip.times
     with LatentWriter(
         path,
         family=vae.family,
-        fps=clip.info.fps,
+        fps=clip.timeline.fps,
         height=clip.info.height,
         width=clip.info.width,
-        audio=str(clip.path.resolve()) if source else None,
+        aspect=clip.info.aspect,
+        times=None if times is None else [time - times[0] for time in times],
+        audio=sound_name(path) if clip.info.has_audio else None,
         start=clip.start,
     ) as writer:
-        for piece in encoded(vae, clip.read(), seed, counted):
-            writer.write(piece)
+        for chunk in encoded(vae, clip.read(), seed, counted):
+            writer.write(chunk)
+        if clip.info.has_audio:
+            save_sound(clip.path, *clip.sound_range, clip.timeline.shifts, path.with_name(sound_name(path)))
         return writer.finish(frames=count)
 
 
-def source_of(file: LatentFile) -> tuple[Clip | None, str | None]:
-    """The video a latent was made from, for its sound and frame times; or None and, where it should be there, why."""
+def sound_of(file: LatentFile) -> tuple[Path | None, str | None]:
+    """The sound of a latent file; or None and, where it should be there, why not."""
     if file.meta.audio is None:
         return None, None
+    path = file.path.with_name(file.meta.audio)
+    if not path.exists() and file.path.with_name(sound_name(file.path)).exists():
+        path = file.path.with_name(sound_name(file.path))  # both were given another name
     try:
-        clip = open_clip(Path(file.meta.audio), file.meta.start, file.meta.frames)
+        with open_media(path) as container:
+            if sound_stream(container) is None:
+                return None, f"The sound is left out: {path} holds none."
     except VideoError as error:
         return None, f"The sound is left out: {error}"
-    if clip.info.size != (file.meta.height, file.meta.width):
-        return None, f"The sound is left out: {clip.path} is no longer the video this was made from."
-    return clip, None
+    return path, None
 
 
-def decode(vae: VideoVAE, file: LatentFile, path: Path, *, source: Clip | None, advance: Advance) -> None:
-    """Write the video of a latent file, with the sound and frame times of `source`."""
-    size = file.meta.height, file.meta.width
-    made = source.writer(path) if source else VideoWriter(path, fps=file.meta.fps, size=size)
-    with made as writer:
-        for piece in vae.decode_frames(
-            file.pieces(), dtype=torch.uint8, lent=True, check=True, frames=file.meta.frames, size=size
+def check_latent(file: LatentFile) -> None:
+    """Raise LatentFileError where the latent holds values that are no numbers."""
+    done = 0
+    for chunk in file.pieces():
+        if not torch.isfinite(chunk).all():
+            raise LatentFileError(
+                f"{file.path}: holds NaN or infinity from latent frame {done} on, so it cannot be decoded; encode or "
+                "sample it again."
+            )
+        done += chunk.shape[2]
+
+
+def decoded_paths(file: LatentFile, path: Path) -> list[Path]:
+    """Where the clips of a latent file are decoded to: `path` for one, numbered for a batch."""
+    count = file.shape[0]
+    return [path] if count == 1 else [path.with_name(f"{path.stem}_{n}{path.suffix}") for n in range(1, count + 1)]
+
+
+def decode(
+    vae: VideoVAE, file: LatentFile, paths: list[Path], form: Form, *, sound: Path | None, advance: Advance
+) -> list[str]:
+    """Write the videos of a latent file, with the sound at `sound`; returns what did not come through as it was."""
+    meta = file.meta
+    size = meta.height, meta.width
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(_decoded_writer(path, meta, form, sound)) for path in paths]
+        for chunk in (
+            vae.decode_frames(file.pieces(), dtype=torch.uint8, lent=True, check=True, frames=meta.frames, size=size)
+            if form.bits in (None, 8)
+            else _deep(vae, file, size)
         ):
-            writer.write_pixels(piece[0])
-            advance(piece.shape[1])
+            for writer, frames in zip(writers, chunk, strict=True):
+                if frames.dtype == torch.uint8:
+                    writer.write_pixels(frames)
+                else:
+                    writer.write(frames[None])
+            advance(chunk.shape[1] if chunk.dtype == torch.uint8 else chunk.shape[2])
+        return [sentence for writer in writers for sentence in writer.told]
+
+
+def _deep(vae: VideoVAE, file: LatentFile, size: tuple[int, int]) -> Iterator[Tensor]:
+    """(b, 3, t, h, w) in [-1, 1], for files of more than 8 bits."""
+    left = file.meta.frames
+    for chunk in vae.decode_stream(file.pieces(), size=size):
+        if left > 0:
+            yield chunk[:, :, :left].float().cpu()
+        left -= chunk.shape[2]
+
+
+def _decoded_writer(path: Path, meta: LatentMeta, form: Form, sound: Path | None) -> Writer:
+    size = meta.height, meta.width
+    if is_picture(path):
+        return PictureWriter(path, size=size, count=meta.frames, bits=form.bits)
+    length = meta.times[-1] if meta.times else meta.frames / meta.fps
+    return VideoWriter(
+        path,
+        fps=meta.fps,
+        size=size,
+        **_uneven(meta.times),
+        aspect=meta.aspect,
+        audio_from=sound,
+        audio_range=(SIDECAR_START, SIDECAR_START + length),
+        crf=form.crf,
+        codec=form.codec,
+        bits=form.bits,
+        pix_fmt=form.pix_fmt,
+    )
+
+
+def _uneven(times: list[Fraction] | tuple[Fraction, ...] | None) -> dict[str, Any]:
+    return {} if times is None else {"times": times[:-1], "end": times[-1]}
 
 
 def reconstruct(
@@ -164,44 +293,57 @@ def reconstruct(
     *,
     plain: Path,
     beside: Path,
+    form: Form | None = None,
     seed: int | None,
     advance: Advance,
     watch: Watch | None = None,
-) -> Quality:
+) -> tuple[Quality, list[str]]:
     """Encode and decode `clip`, write the result and a side-by-side, and compare frame by frame.
 
     Holds the originals that are read and not yet decoded: one chunk. `watch` is called with (index of the first,
-    originals, reconstructions) for every piece.
+    originals, reconstructions) for every chunk. Returns the figures, and what did not come through as it was.
     """
+    form = form or Form()
     quality, waiting = Quality(), deque[Tensor]()
 
     def kept() -> Iterator[Tensor]:
-        for piece in clip.read():
-            waiting.extend(piece[:, :, index : index + 1] for index in range(piece.shape[2]))
-            yield piece
+        for chunk in clip.read():
+            waiting.extend(chunk[:, :, index : index + 1] for index in range(chunk.shape[2]))
+            yield chunk
 
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(clip.writer(plain))
-        second = stack.enter_context(clip.writer(beside, beside=True))
-        for piece in vae.decode_stream(encoded(vae, kept(), seed), size=clip.info.size):
-            count = min(piece.shape[2], len(waiting))  # at the end, frames that only padded the clip follow
+        first = stack.enter_context(clip.writer(plain, form))
+        second = stack.enter_context(clip.writer(beside, form, beside=True))
+        for chunk in vae.decode_stream(encoded(vae, kept(), seed), size=clip.info.size):
+            count = min(chunk.shape[2], len(waiting))  # at the end, frames that only padded the clip follow
             if not count:
                 continue
             original = torch.cat([waiting.popleft() for _ in range(count)], dim=2)  # 1 c t h w
-            result = piece[:, :, :count].float().cpu()
+            result = chunk[:, :, :count].float().cpu()
+            if not torch.isfinite(result).all():
+                raise UserError(
+                    f"Decoding gives NaN or infinity between frames {first.frames} and {first.frames + count - 1}. "
+                    f"{_remedy(vae.dtype)} Nothing was written."
+                )
             if watch is not None:
                 watch(first.frames, original, result)
             quality.add(result, original)
             first.write(result)
             second.write(torch.cat([original, result.clamp(-1, 1)], dim=-1))
             advance(count)
+        told = first.told
     if waiting:
         raise AssertionError(f"{len(waiting)} frames were read and never decoded")
-    return quality
+    return quality, told
 
 
-def check_outputs(paths: Iterable[Path], *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Raise UserError, before any work, where an output cannot or must not be written."""
+def check_outputs(
+    paths: Iterable[Path], *, overwrite: bool, inputs: Iterable[Path] = (), frames: int | None = None
+) -> None:
+    """Raise UserError, before any work, where an output cannot or must not be written.
+
+    frames: how many there are, for outputs that are pictures.
+    """
     sources = {source.resolve() for source in inputs}
     for path in paths:
         if path.resolve() in sources:
@@ -210,20 +352,30 @@ def check_outputs(paths: Iterable[Path], *, overwrite: bool, inputs: Iterable[Pa
             raise UserError(f"{path} is a folder; give a file name with -o.")
         if not path.parent.is_dir():
             raise UserError(f"{path.parent} is no folder; make it first, or choose another -o.")
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists already; add --overwrite to replace it, or choose another -o.")
+        made = picture_paths(path, frames) if frames is not None and is_picture(path) else [path]
+        there = next((file for file in made if file.exists()), None)
+        if there is not None and not overwrite:
+            raise UserError(f"{there} exists already; add --overwrite to replace it, or choose another -o.")
+
+
+def fitting(stem: str, ending: str, spare: int = 0) -> str:
+    """A file name of `stem` and `ending` that is not longer than file systems take, with `spare` bytes left."""
+    room = LONGEST_NAME - len(os.fsencode(ending)) - spare
+    while len(os.fsencode(stem)) > room:
+        stem = stem[:-1]
+    return stem + ending
 
 
 def notes_on(clip: Clip) -> Iterator[str]:
     """What a user should know before the work begins."""
-    if clip.times and clip.frames is not None and len(clip.times) < clip.frames:
-        yield f"{clip.path} has {len(clip.times)} frames from frame {clip.start} on, fewer than --frames {clip.frames}."
-    if clip.info.hdr:
-        yield f"{clip.path} is HDR; its values are taken as they are, without tone mapping."
+    if clip.wanted is not None and clip.frames < clip.wanted:
+        yield f"{clip.path} has {clip.frames} frames from frame {clip.start} on, fewer than --frames {clip.wanted}."
+    for ending in (*clip.timeline.told(clip.start, clip.stop), *losses(clip.info, clip.hdr)):
+        yield f"{clip.path} {ending}."
     if clip.info.height % 2 or clip.info.width % 2:
         yield (
             f"{clip.info.width}x{clip.info.height} has an odd side, so the video is stored as 4:4:4, which keeps the "
             "size exactly; some players cannot show it."
         )
-    if clip.times and is_variable(clip.times, clip.info.fps):
+    if not clip.timeline.even:
         yield f"{clip.path} has a varying frame rate; every frame keeps its time."

@@ -23,7 +23,7 @@ from ..door.loading import DEMO_WEIGHTS, load
 from ..door.vae import VideoVAE
 from ..errors import VideoError
 from ..evaluation.protocols import cover
-from ..training.clip_decoding import clip_rate, read_picked
+from ..training.clip_decoding import clip_rate, damage_of, read_picked
 from ..training.clip_files import ClipFile, list_clips
 from ..training.data import TrainingDataError
 from ..weights.files import SUFFIXES
@@ -137,6 +137,7 @@ class EncodeJob:
         self._found: set[str] = set()  # clips of the other shards that are encoded or broken
         self._encoded = self._frames = self._now = 0
         self._broken: dict[str, str] = {}
+        self.damaged: dict[str, str] = {}  # clips that were encoded all the same, and what is wrong with them
         for number in self._shards:
             if self._record(number).exists():
                 self._take_record(number)
@@ -224,6 +225,7 @@ class EncodeJob:
                 "settings": self._settings,
                 "shards": [summary for _, summary in sorted(self._done.items())],
                 "errors": self.errors(),
+                "damaged": self.damaged,
             },
         )
 
@@ -274,6 +276,7 @@ class EncodeJob:
         self._encoded += len(record["clips"])
         self._frames += sum(info["frames"] for info in record["clips"])
         self._broken |= {error["key"]: error["reason"] for error in record["errors"]}
+        self.damaged |= {info["key"]: info["damage"] for info in record["clips"] if info.get("damage")}
         shutil.rmtree(self._parts / f"{number:05d}", ignore_errors=True)
 
     def _look(self, number: int) -> None:
@@ -292,7 +295,10 @@ class EncodeJob:
         if not path.exists():
             self._broken[row.key] = read_json(path.with_suffix(".json"))["reason"]
             return False
-        self._encoded, self._frames = self._encoded + 1, self._frames + read_info(path).frames
+        info = read_info(path)
+        self._encoded, self._frames = self._encoded + 1, self._frames + info.frames
+        if info.damage:
+            self.damaged[row.key] = info.damage
         return True
 
 
@@ -333,7 +339,7 @@ def encode_clip(
     def pieces() -> Iterator[Tensor]:
         nonlocal frames, shape
         held: list[Tensor] = []
-        for picture in read_picked(file, pick, threads=0):
+        for picture in read_picked(file, pick, whole=True):
             held.append(_fitted(picture, settings.size, file))
             frames, shape = frames + 1, (held[-1].shape[-2], held[-1].shape[-1])
             if len(held) == PIECE:
@@ -353,6 +359,7 @@ def encode_clip(
         height=shape[0],
         width=shape[1],
         fps=str(clip_rate(file) / settings.stride),
+        damage=damage_of(file),
     )
     return latent, info
 

@@ -24,7 +24,7 @@ TENSOR = "latent"
 @dataclass(frozen=True, kw_only=True)
 class ClipInfo:
     """What a latent was made of. key: the clip's place in its source. frames, height, width: of what was encoded, in
-    frames and pixels, before any padding. fps: frames per second, as a fraction."""
+    frames and pixels, before any padding. fps: frames per second, as a fraction. damage: what was wrong with them."""
 
     id: str
     key: str
@@ -32,6 +32,7 @@ class ClipInfo:
     height: int
     width: int
     fps: str
+    damage: str = ""
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -3,53 +3,77 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from pathlib import Path
 from types import TracebackType
 
 import av
-import torch
 from av.audio.codeccontext import AudioCodecContext
 from av.audio.frame import AudioFrame
 from av.audio.resampler import AudioResampler
 from av.audio.stream import AudioStream
-from av.container import InputContainer, OutputContainer
-from av.error import InvalidDataError
+from av.container import OutputContainer
+from av.error import FFmpegError
 from av.packet import Packet
 
-from ..errors import VideoError
+from ..atomic import atomic_write
+from .opening import media_url, open_media, sound_stream
+from .scanning import moved
+from .sound import LAYOUTS, Sound, finely_timed
+from .timeline import Shifts
 
 _MP4 = frozenset({"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"})
-_COPIED = {"mp4": _MP4, "ipod": _MP4, "mov": _MP4 - {"opus", "flac"}, "webm": frozenset({"opus", "vorbis"})}
+_COPIED = {  # what players expect in each; what is missing here (Matroska) takes what its muxer takes
+    "mp4": _MP4,
+    "ipod": frozenset({"aac", "ac3", "alac"}),
+    "mov": _MP4 - {"opus", "flac"},
+    "webm": frozenset({"opus", "vorbis"}),
+}
+_PCM_IN_MOV = "pcm_"
+_NAMES = {"ipod": "M4V", "matroska": "Matroska"}
 _LEAD_IN = Fraction(1, 10)  # seconds of encoder priming kept in front of the very start
 _AHEAD = Fraction(1, 2)  # seconds of sound written ahead of the picture
 _BLOCK = 1 << 16  # samples encoded at a time
-_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
+_ENCODED_LAYOUTS = {**LAYOUTS, 3: "3.0", 4: "4.0", 5: "5.0"}
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+_NO_SHIFTS: Mapping[int, Shifts] = {}
+SIDECAR_START = Fraction(1)  # seconds on the clock of a sound file that stand for the start of the picture
 
 
 class AudioTrack:
     """The first sound track of `source`, muxed into `output` in step with the picture; a context manager.
 
-    `first` and `end` are seconds on the source's clock; `first` becomes 0 in the output. Sound is cut between packets
-    (about 20 ms for AAC). Packets are copied unchanged where the container commonly holds their codec, else decoded and
-    encoded as AAC (Opus in WebM). `copied` says which; a source without sound adds nothing.
+    `first` and `end` are seconds on the source's clock, which `shifts` of its timeline may join; `first` becomes
+    `start` in the output. Sound is cut between packets (about 20 ms for AAC). Packets are copied unchanged where the
+    container holds their codec, else decoded and encoded as AAC (Opus in WebM). `told` says what was done to them; a
+    source without sound adds nothing.
     """
 
     def __init__(
-        self, source: str | os.PathLike[str], output: OutputContainer, first: Fraction, end: Fraction | None
+        self,
+        source: str | os.PathLike[str],
+        output: OutputContainer,
+        first: Fraction,
+        end: Fraction | None,
+        shifts: Mapping[int, Shifts] = _NO_SHIFTS,
+        *,
+        start: Fraction = Fraction(0),
     ) -> None:
-        self._output, self._first, self._end = output, first, end
+        self._source, self._output, self._first, self._end, self._start = Path(source), output, first, end, start
         self.copied = False
-        self._input = av.open(os.fspath(source), mode="r", metadata_errors="replace")
-        streams = self._input.streams.audio
+        self.told: list[str] = []
+        self._input = open_media(self._source)
         self._packets: Iterator[Packet[AudioStream]] = iter(())
         self._next: Packet[AudioStream] | None = None
-        if streams and streams[0].codec_context is not None:  # pyright: ignore[reportUnnecessaryComparison]
+        stream = sound_stream(self._input)
+        self._shifts = () if stream is None else shifts.get(stream.index, ())
+        if stream is not None:
             try:
-                self._packets = self._begin(streams[0])
+                self._packets = self._begin(stream)
             except BaseException:
                 self._input.close()
                 raise
@@ -83,29 +107,40 @@ class AudioTrack:
             self._output.mux(packet)
 
     def _begin(self, stream: AudioStream) -> Iterator[Packet[AudioStream]]:
-        name = stream.codec_context.name
-        allowed = _COPIED.get(self._output.format.name)
-        self.copied = name in (self._output.supported_codecs if allowed is None else allowed)
+        context = stream.codec_context
+        name, form = context.codec.canonical_name, self._output.format.name
+        allowed = _COPIED.get(form, self._output.supported_codecs)
+        listed = name in allowed or (form == "mov" and name.startswith(_PCM_IN_MOV))
+        self.copied = listed and _takes(self._output, self._source)
         if self.copied:
             return self._copy(stream, self._output.add_stream_from_template(stream))
-        target = _add_sound(self._output, stream.codec_context.sample_rate, 1 if stream.channels == 1 else 2)
+        layout = _ENCODED_LAYOUTS.get(stream.channels, "stereo")
+        target = _add_sound(self._output, context.sample_rate or 48000, layout)
+        container = _NAMES.get(form, form.upper())
+        self.told.append(
+            f"the sound ({name}) is re-encoded as {target.codec_context.name}, for {container} does not hold it"
+        )
+        if stream.channels not in _ENCODED_LAYOUTS:
+            self.told.append(f"the {stream.channels} channels of the sound are mixed to stereo")
         return self._encode(stream, target)
 
     def _in_range(self, stream: AudioStream) -> Iterator[Packet[AudioStream]]:
         """Packets whose time lies in [first, end), with times that begin at 0."""
         lead = _LEAD_IN if self._starts_at_beginning(stream) else Fraction(0)
-        for packet in self._input.demux(stream):
-            if packet.pts is None or not packet.size:
-                continue
-            time = packet.pts * packet.time_base
-            if time < self._first - lead:
-                continue
-            if self._end is not None and time >= self._end:
-                return
-            shift = round(self._first / packet.time_base)
-            packet.pts -= shift
-            packet.dts = packet.pts
-            yield packet
+        last: int | None = None
+        with contextlib.suppress(FFmpegError):  # a damaged container ends here, the picture is written all the same
+            for packet in moved(self._input, stream, self._shifts):
+                if packet.pts is None:
+                    continue
+                time = packet.pts * packet.time_base
+                if time < self._first - lead or (last is not None and packet.pts <= last):
+                    continue
+                if self._end is not None and time >= self._end:
+                    return
+                last = packet.pts
+                packet.pts -= round((self._first - self._start) / packet.time_base)
+                packet.dts = packet.pts
+                yield packet
 
     def _starts_at_beginning(self, stream: AudioStream) -> bool:
         if stream.start_time is None or stream.time_base is None:
@@ -120,34 +155,15 @@ class AudioTrack:
     def _encode(self, stream: AudioStream, target: AudioStream) -> Iterator[Packet[AudioStream]]:
         resampler = _resampler(target)
         for packet in self._in_range(stream):
-            with contextlib.suppress(InvalidDataError):  # a damaged packet is a gap, not the end of the film
-                for frame in packet.decode():
-                    for part in resampler.resample(frame):
-                        yield from target.encode(part)
+            frames: list[AudioFrame] = []
+            with contextlib.suppress(FFmpegError):  # a damaged packet is a gap, not the end of the film
+                frames = stream.codec_context.decode(packet)
+            for frame in frames:
+                for part in resampler.resample(finely_timed(frame)):
+                    yield from target.encode(part)
         for part in resampler.resample(None):
             yield from target.encode(part)
         yield from target.encode(None)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sound:
-    """Sound in memory. samples: (channels, samples), floats in [-1, 1]; rate: samples per second.
-
-    Raises `VideoError` for another shape, a number of channels that files do not hold, or values that are no numbers.
-    """
-
-    samples: torch.Tensor
-    rate: int
-
-    def __post_init__(self) -> None:
-        shape = tuple(self.samples.shape)
-        if len(shape) != 2 or shape[0] not in _LAYOUTS or self.rate < 1 or not self.samples.is_floating_point():
-            raise VideoError(
-                f"The sound has shape {shape}, {self.samples.dtype} and {self.rate} samples per second; needed are "
-                f"floats (channels, samples) with {', '.join(map(str, _LAYOUTS))} channels."
-            )
-        if not torch.isfinite(self.samples).all():
-            raise VideoError("The sound holds values that are no numbers (NaN or infinite); leave it out or repair it.")
 
 
 class SoundTrack:
@@ -155,9 +171,10 @@ class SoundTrack:
 
     def __init__(self, sound: Sound, output: OutputContainer) -> None:
         self._sound, self._output = sound, output
-        self._stream = _add_sound(output, sound.rate, sound.samples.shape[0])
+        self._stream = _add_sound(output, sound.rate, LAYOUTS[sound.samples.shape[0]])
         self._resampler = _resampler(self._stream)
         self._done = 0
+        self.told: list[str] = []
 
     def advance(self, time: Fraction) -> None:
         """Write the sound up to `time`, seconds in the output."""
@@ -165,7 +182,7 @@ class SoundTrack:
         while self._done < stop:
             part = self._sound.samples[:, self._done : min(stop, self._done + _BLOCK)].float().clamp(-1, 1)
             frame = AudioFrame.from_ndarray(
-                part.cpu().contiguous().numpy(), format="fltp", layout=_LAYOUTS[part.shape[0]]
+                part.cpu().contiguous().numpy(), format="fltp", layout=LAYOUTS[part.shape[0]]
             )
             frame.sample_rate, frame.pts, frame.time_base = self._sound.rate, self._done, Fraction(1, self._sound.rate)
             self._encode(frame)
@@ -181,85 +198,49 @@ class SoundTrack:
             self._output.mux(self._stream.encode(part))
 
 
-def read_sound(path: str | os.PathLike[str], first: Fraction, end: Fraction | None) -> Sound | None:
-    """The first sound track of a file from `first` to `end`, seconds of the file's clock, end None for all the rest.
+def save_sound(source: Path, first: Fraction, end: Fraction | None, shifts: Mapping[int, Shifts], target: Path) -> bool:
+    """Copy the sound of a file from `first` to `end` into a Matroska file of its own, in which it starts at
+    SIDECAR_START; False, and no file, where there is none.
 
-    Its first sample is heard at `first`: silence stands for sound that begins later or has a gap. Channels other than
-    mono, stereo, 5.1 and 7.1 are mixed to stereo. None where the file has no sound there.
+    Raises VideoError where the source cannot be read, OSError where the disk fails.
     """
-    with av.open(os.fspath(path), mode="r", metadata_errors="replace") as container:
-        streams = [
-            stream
-            for stream in container.streams.audio
-            if stream.codec_context is not None  # pyright: ignore[reportUnnecessaryComparison]
-        ]
-        if not streams:
-            return None
-        rate = streams[0].codec_context.sample_rate
-        layout = None if streams[0].channels in _LAYOUTS else "stereo"
-        collected = _Collected(first, rate, None if end is None else round((end - first) * rate))
-        resampler = AudioResampler(format="fltp", layout=layout, rate=rate)
-        for frame in _sound_frames(container, streams[0]):
-            for part in resampler.resample(frame):
-                collected.add(part)
-            if collected.full:
-                break
-    return collected.sound()
+    with open_media(source) as looked:
+        if sound_stream(looked) is None:
+            return False
+    with (
+        atomic_write(target) as part,
+        av.open(media_url(part), mode="w", format="matroska") as output,
+        AudioTrack(source, output, first, end, shifts, start=SIDECAR_START) as track,
+    ):
+        track.finish()
+    return True
 
 
-def _sound_frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame | None]:
-    """The decoded sound, then None."""
-    for packet in container.demux(stream):
-        with contextlib.suppress(InvalidDataError):  # a damaged packet is a gap, not the end of the film
-            yield from packet.decode()
-    yield None
+def _takes(output: OutputContainer, source: Path) -> bool:
+    """Whether the muxer really takes the sound: some codecs fit only at some rates, or with headers they lack."""
+    try:
+        with open_media(source) as again, av.open(io.BytesIO(), mode="w", format=output.format.name) as trial:
+            stream = sound_stream(again)
+            assert stream is not None
+            target = trial.add_stream_from_template(stream)
+            full = (packet for packet in again.demux(stream) if packet.size and packet.pts is not None)
+            for packet in itertools.islice(full, 3):
+                packet.dts = packet.pts
+                packet.stream = target
+                trial.mux(packet)
+    except (FFmpegError, ValueError, OSError):
+        return False
+    return True
 
 
-class _Collected:
-    """Samples put where their times say, from `first` on, at most `length` of them."""
-
-    def __init__(self, first: Fraction, rate: int, length: int | None) -> None:
-        self._first, self._rate, self._length = first, rate, length
-        self._parts: list[torch.Tensor] = []
-        self._next: int | None = None  # where the next frame is expected, in samples since `first`
-        self._done = 0  # samples kept
-
-    @property
-    def full(self) -> bool:
-        return self._length is not None and (self._next or 0) >= self._length
-
-    def add(self, frame: AudioFrame) -> None:
-        samples = torch.from_numpy(frame.to_ndarray())  # channels, samples
-        start = self._next
-        if frame.pts is not None and frame.time_base is not None:
-            told = round((frame.pts * frame.time_base - self._first) * self._rate)
-            if start is None or abs(told - start) > self._rate // 20:  # less is a time rounded by the container
-                start = told
-        start = start or 0
-        self._next = start + samples.shape[1]
-        samples = samples[:, max(0, self._done - start) :]
-        if not samples.shape[1] or (self._length is not None and start >= self._length):
-            return
-        if start > self._done:
-            self._parts.append(samples.new_zeros(samples.shape[0], start - self._done))
-        self._parts.append(samples)
-        self._done = self._next
-
-    def sound(self) -> Sound | None:
-        if not self._parts:
-            return None
-        samples = torch.cat(self._parts, dim=1)[:, : self._length]
-        return Sound(samples=samples, rate=self._rate) if samples.shape[1] else None
-
-
-def _add_sound(output: OutputContainer, rate: int, channels: int) -> AudioStream:
+def _add_sound(output: OutputContainer, rate: int, layout: str) -> AudioStream:
     """A new stream of AAC, in WebM of Opus, at the rate nearest to `rate` that the encoder takes."""
     webm = output.format.name == "webm"
     nearest = 48000 if webm else min(_AAC_RATES, key=lambda allowed: abs(allowed - rate))
     stream = output.add_stream("libopus" if webm else "aac", rate=nearest)
     assert isinstance(stream, AudioStream)
-    stream.layout = _LAYOUTS[channels]
-    stream.bit_rate = 96000 * channels
+    stream.layout = layout
+    stream.bit_rate = 96000 * stream.codec_context.channels
     return stream
 
 

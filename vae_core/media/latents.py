@@ -1,20 +1,22 @@
 """The latent file: the latent of one video with what is needed to show it again. It is read and written in pieces.
 
-A latent file is a safetensors file with one tensor, `latent_tbchw`, of shape (T', B, z, h, w): time comes first, unlike
-everywhere else in this package, so that pieces in time lie one after another in the file and can be appended while the
+A latent file is a safetensors file with the tensor `latent_tbchw`, of shape (T', B, z, h, w): time comes first, unlike
+everywhere else in this package, so that chunks in time lie one after another in the file and can be appended while the
 length is unknown. The metadata says so (`layout`), and names the tensor's family, frames and size; see LatentMeta.
+Where the frames have times of their own, a second tensor, `frame_times`, holds them. The sound lies beside it in a
+Matroska file of its own, NAME.sound.mka, in which the picture begins at 1 s. Nothing in a file names a place of the
+machine that made it.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import safetensors
 import torch
@@ -23,56 +25,34 @@ from torch import Tensor
 
 from ..atomic import give_name, hidden, remove
 from ..errors import LatentFileError
-from ..families import FAMILIES, Compression, family_of
+from ..families import FAMILIES, family_of
 from ..weights.detect import describe_foreign
 from ..weights.headers import HEADER_LIMIT, Header, UnreadableError, brief, open_safetensors, read_header, sniff
+from .latent_header import (
+    AGAIN,
+    DTYPES,
+    LAYOUT,
+    NAMES,
+    RESERVED,
+    TENSOR,
+    TIMES,
+    ClipLayout,
+    LatentMeta,
+    check_channels,
+    check_meta,
+    check_shape,
+    check_size,
+    check_times,
+    header_bytes,
+    read_meta,
+    read_times,
+)
 
-TENSOR = "latent_tbchw"
-FORMAT = "cviv-vae latent"
-VERSION = "1"
-LAYOUT = "t b c h w"
-ClipLayout = Literal["frames", "video", "images"]
-_LAYOUTS: dict[str, ClipLayout] = {"frames": "frames", "video": "video", "images": "images"}
-RESERVED = frozenset(  # names of the format's own texts
-    {"format", "format_version", "layout", "family", "channels", "scaled", "fps", "frames", "height", "width"}
-) | {"start", "audio", "clip_layout"}
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+__all__ = [
+    "LAYOUT", "RESERVED", "TENSOR", "LatentFile", "LatentMeta", "LatentWriter", "open_latent", "save_latent"
+]  # fmt: skip
 _LARGEST = 10**15  # room for numbers in a header whose real ones are not known yet
-_AGAIN = "Encode the video again."
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentMeta:
-    """What a latent file says of its video.
-
-    family: of the VAE that made the latent. fps: frames per second, exact. frames, height, width: true length and size
-    in frames and pixels, before any padding. audio: path of the file the sound comes from, or None.
-    start: index of the first encoded frame in that source. clip_layout: how the program that saved it held the latent:
-    frames on the batch axis, a video of five axes, separate images on the batch axis, or None. extra: other texts of
-    that program. `scaled` follows from the family: IV-VAE latents have their scale and shift applied, CV-VAE latents do
-    not.
-    """
-
-    family: str
-    fps: Fraction
-    frames: int
-    height: int
-    width: int
-    audio: str | None = None
-    start: int = 0
-    clip_layout: ClipLayout | None = None
-    extra: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
-
-    @property
-    def compression(self) -> Compression:
-        """Of the VAE that made it."""
-        return FAMILIES[self.family].compression
-
-    @property
-    def scaled(self) -> bool:
-        """Whether scale and shift are applied to the stored values."""
-        return FAMILIES[self.family].scaled
+SOUND_ENDING = ".sound.mka"
 
 
 class LatentWriter:
@@ -96,6 +76,8 @@ class LatentWriter:
         fps: Fraction,
         height: int,
         width: int,
+        aspect: Fraction = Fraction(1),
+        times: Sequence[Fraction] | None = None,
         audio: str | None = None,
         start: int = 0,
         clip_layout: ClipLayout | None = None,
@@ -118,12 +100,14 @@ class LatentWriter:
             frames=1,
             height=height,
             width=width,
+            aspect=aspect,
+            times=None if times is None else tuple(times),
             audio=audio,
             start=start,
             clip_layout=clip_layout,
             extra=dict(extra or {}),
         )
-        _check_meta(self._meta)
+        check_meta(self._meta)
         self._part = hidden(self.path)
         self._file: BinaryIO | None = None
         self._shape: tuple[int, int, int, int] | None = None  # b c h w
@@ -155,11 +139,14 @@ class LatentWriter:
         meta = replace(self._meta, frames=frames)
         b, c, h, w = self._shape
         shape = (self._length, b, c, h, w)
-        _check_meta(meta)
-        _check_shape(shape, meta)
+        check_meta(meta)
+        check_shape(shape, meta)
+        check_times(meta)
         file = self._open_file()
+        if meta.times is not None:
+            file.write(meta.stamps().numpy().astype("<i8").tobytes())
         file.seek(0)
-        file.write(_header(shape, self._dtype, meta, size=self._header_size))
+        file.write(header_bytes(shape, self._dtype, meta, size=self._header_size))
         file.close()
         self._file = None
         give_name(self._part, self.path)
@@ -181,16 +168,16 @@ class LatentWriter:
             raise LatentFileError(f"{self.path} was not written: finish(frames=...) was not called.")
 
     def _begin(self, piece: Tensor) -> None:
-        if piece.ndim != 5 or piece.dtype not in _NAMES or not piece.numel():
+        if piece.ndim != 5 or piece.dtype not in NAMES or not piece.numel():
             raise LatentFileError(
                 f"A latent has shape (b, z, t, h, w) and float16, bfloat16, float32 or float64; got "
                 f"{tuple(piece.shape)} and {piece.dtype}."
             )
         b, c, _, h, w = piece.shape
-        _check_size((b, c, h, w), self._meta)
+        check_size((b, c, h, w), self._meta)
         self._dtype = piece.dtype
         largest = replace(self._meta, frames=_LARGEST)
-        header = _header((_LARGEST, b, c, h, w), self._dtype, largest, size=None)
+        header = header_bytes((_LARGEST, b, c, h, w), self._dtype, largest, size=None)
         self._header_size = len(header)
         if self._header_size > HEADER_LIMIT:
             raise LatentFileError(
@@ -244,7 +231,10 @@ class LatentFile:
         frames = compression.pixel_frames(stop - first)
         if stop == self.shape[2]:
             frames = max(1, frames - (compression.pixel_frames(stop) - self.meta.frames))
-        return replace(self.meta, frames=frames, start=self.meta.start + compression.time * first)
+        times, begin = self.meta.times, compression.time * first
+        if times is not None:
+            times = tuple(time - times[begin] for time in times[begin : begin + frames + 1])
+        return replace(self.meta, frames=frames, times=times, start=self.meta.start + begin)
 
     def _range(self, first: int, count: int | None) -> tuple[int, int]:
         length = self.shape[2]
@@ -274,6 +264,8 @@ def save_latent(path: str | os.PathLike[str], latent: Tensor, meta: LatentMeta) 
         fps=meta.fps,
         height=meta.height,
         width=meta.width,
+        aspect=meta.aspect,
+        times=meta.times,
         audio=meta.audio,
         start=meta.start,
         clip_layout=meta.clip_layout,
@@ -295,22 +287,26 @@ def open_latent(path: str | os.PathLike[str]) -> LatentFile:
         if kind != "safetensors":
             raise UnreadableError("is a PyTorch or zip file, not a latent file: give one that `encode` wrote.")
         header = read_header(path)
-        if TENSOR not in header.shapes or len(header.shapes) != 1:
+        if TENSOR not in header.shapes or not set(header.shapes) <= {TENSOR, TIMES}:
             raise UnreadableError(_not_a_latent(header))
-        meta = _read_meta(header.metadata)
+        meta = read_meta(header.metadata)
         shape, dtype = header.shapes[TENSOR], header.dtypes[TENSOR]
-        if dtype not in _DTYPES:
-            raise UnreadableError(f"has a latent of type {dtype}; known are {', '.join(_DTYPES)}. {_AGAIN}")
-        _check_shape(shape, meta)
-        _check_channels(header.metadata, shape[2])
-        with open_safetensors(path):
-            pass  # the library's own checks of the header
+        if dtype not in DTYPES:
+            raise UnreadableError(f"has a latent of type {dtype}; known are {', '.join(DTYPES)}. {AGAIN}")
+        check_shape(shape, meta)
+        check_channels(header.metadata, shape[2])
+        with open_safetensors(path) as file:  # which has checks of the header of its own
+            if TIMES in header.shapes:
+                if (header.dtypes[TIMES], header.shapes[TIMES]) != ("I64", (meta.frames + 1,)):
+                    raise UnreadableError(f"has frame times of another shape than its frames. {AGAIN}")
+                meta = replace(meta, times=read_times(header.metadata, file.get_tensor(TIMES)))
+                check_times(meta)
     except (UnreadableError, safetensors.SafetensorError, OSError) as error:
         raise LatentFileError(f"{path}: {error}") from error
     except LatentFileError as error:
         raise LatentFileError(f"{path}: is damaged or was altered. {error}") from error
     t, b, c, h, w = shape
-    return LatentFile(path=path, meta=meta, shape=(b, c, t, h, w), dtype=_DTYPES[dtype])
+    return LatentFile(path=path, meta=meta, shape=(b, c, t, h, w), dtype=DTYPES[dtype])
 
 
 def _not_a_latent(header: Header) -> str:
@@ -326,144 +322,6 @@ def _not_a_latent(header: Header) -> str:
     return f"is not a latent file. {describe_foreign(header.shapes).replace('CV-VAE or IV-VAE weights', 'a latent')}"
 
 
-def _header(shape: tuple[int, ...], dtype: torch.dtype, meta: LatentMeta, *, size: int | None) -> bytes:
-    """A safetensors header for one tensor, padded with spaces to `size`, or to whole 64 bytes."""
-    count = dtype.itemsize
-    for n in shape:
-        count *= n
-    metadata = {
-        "format": FORMAT,
-        "format_version": VERSION,
-        "layout": LAYOUT,
-        "family": meta.family,
-        "channels": str(shape[2]),
-        "scaled": str(meta.scaled).lower(),
-        "fps": str(meta.fps),
-        "frames": str(meta.frames),
-        "height": str(meta.height),
-        "width": str(meta.width),
-        "start": str(meta.start),
-    }
-    if meta.audio is not None:
-        metadata["audio"] = meta.audio
-    if meta.clip_layout is not None:
-        metadata["clip_layout"] = meta.clip_layout
-    metadata |= meta.extra
-    entry = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (0, count)}
-    text = json.dumps({"__metadata__": metadata, TENSOR: entry}).encode("ascii")
-    size = size or -(-(8 + len(text)) // 64) * 64
-    return (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
-
-
-def _read_meta(texts: dict[str, str]) -> LatentMeta:
-    if texts.get("format") != FORMAT:
-        raise UnreadableError(f"is not a latent file: its format is {_shown(texts.get('format'))}, not {FORMAT!r}.")
-    if texts.get("format_version") != VERSION:
-        raise UnreadableError(
-            f"has version {_shown(texts.get('format_version'))} of the latent format; version {VERSION} is known here. "
-            "Update cviv-vae."
-        )
-    if texts.get("layout") != LAYOUT:
-        raise UnreadableError(f"has its axes in the order {_shown(texts.get('layout'))}; known is {LAYOUT!r}. {_AGAIN}")
-    family = texts.get("family", "")
-    if family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UnreadableError(f"is of the family {_shown(texts.get('family'))}; known are {known}. {_AGAIN}")
-    if texts.get("scaled") != str(FAMILIES[family].scaled).lower():
-        raise UnreadableError(
-            f"says scaled = {_shown(texts.get('scaled'))}, which latents of {family} never are. {_AGAIN}"
-        )
-    try:
-        meta = LatentMeta(
-            family=family,
-            fps=_fraction(texts.get("fps", "")),
-            frames=_whole(texts, "frames"),
-            height=_whole(texts, "height"),
-            width=_whole(texts, "width"),
-            audio=texts.get("audio"),
-            start=_whole(texts, "start"),
-            clip_layout=_LAYOUTS.get(texts.get("clip_layout", "")),
-            extra={name: text for name, text in texts.items() if name not in RESERVED},
-        )
-    except ValueError as error:
-        raise UnreadableError(f"has damaged metadata: {error}. {_AGAIN}") from error
-    _check_meta(meta)
-    return meta
-
-
-def _check_channels(texts: dict[str, str], channels: int) -> None:
-    try:
-        said = _whole(texts, "channels")
-    except ValueError as error:
-        raise UnreadableError(f"has damaged metadata: {error}. {_AGAIN}") from error
-    if said != channels:
-        raise LatentFileError(f"It says it has {said} channels, and has {channels}.")
-
-
-def _whole(texts: dict[str, str], name: str) -> int:
-    text = texts.get(name, "")
-    if not (text.isascii() and text.isdigit() and len(text) <= 15):
-        raise ValueError(f"{name} is {_shown(texts.get(name))}, not a whole number")
-    return int(text)
-
-
-def _fraction(text: str) -> Fraction:
-    numerator, _, denominator = text.partition("/")
-    parts = {"fps": numerator, "fps denominator": denominator or "1"}
-    bottom = _whole(parts, "fps denominator")
-    if bottom == 0:
-        raise ValueError("fps has a denominator of 0")
-    return Fraction(_whole(parts, "fps"), bottom)
-
-
-def _check_meta(meta: LatentMeta) -> None:
-    if meta.fps <= 0 or meta.frames < 1 or meta.height < 1 or meta.width < 1 or meta.start < 0:
-        raise LatentFileError(
-            f"fps, frames, height and width are above 0 and start is not negative; got fps {meta.fps}, {meta.frames} "
-            f"frames of {meta.width}x{meta.height}, start {meta.start}."
-        )
-    if not _is_text(meta.audio or ""):
-        raise LatentFileError(f"The name of the audio source, {meta.audio!r}, is not valid text: rename that file.")
-    for name, text in meta.extra.items():
-        if name in RESERVED or not _is_text(name) or not _is_text(text):
-            raise LatentFileError(
-                f"The extra text {name!r} cannot be saved: it has a name of the format itself, or is not valid text."
-            )
-
-
-def _check_shape(shape: tuple[int, ...], meta: LatentMeta) -> None:
-    """shape: t b c h w, as stored."""
-    if len(shape) != 5 or 0 in shape:
-        raise LatentFileError(f"A latent has five axes ({LAYOUT}), none of them empty; got shape {shape}.")
-    t, b, c, h, w = shape
-    _check_size((b, c, h, w), meta)
-    time = meta.compression.time
-    longest = meta.compression.pixel_frames(t)
-    if not max(1, longest - time + 1) <= meta.frames <= longest:
-        raise LatentFileError(
-            f"{t} latent frames make {longest} frames, {time - 1} of which may be padding; the video is said to have "
-            f"{meta.frames}."
-        )
-
-
-def _check_size(shape: tuple[int, int, int, int], meta: LatentMeta) -> None:
-    """shape: b c h w."""
-    *_, h, w = shape
-    space = meta.compression.space
-    if not (space * (h - 1) < meta.height <= space * h and space * (w - 1) < meta.width <= space * w):
-        raise LatentFileError(
-            f"A latent of {w}x{h} makes pictures of {space * w}x{space * h}, up to {space - 1} of each side may be "
-            f"padding; the video is said to be {meta.width}x{meta.height}."
-        )
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _shown(text: str | None) -> str:
-    return "missing" if text is None else repr(text[:60])
+def sound_name(latent: Path) -> str:
+    """The name of the file beside `latent` that holds its sound."""
+    return f"{latent.name.removesuffix('.safetensors')}{SOUND_ENDING}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,13 +18,15 @@ _TILE, _SHARED, _CHUNK = (86, 156, 214), (220, 170, 90), (78, 201, 176)
 _MOST_CHUNKS = 120  # more are drawn as one bar
 
 
-def draw_plan(plan: Plan, size: tuple[int, int], frames: int, title: str) -> Image.Image:
+def draw_plan(
+    plan: Plan, size: tuple[int, int], frames: int, title: str, words: Sequence[str] | None = None
+) -> Image.Image:
     """An RGB picture of `plan` for `frames` frames of `size` = (height, width) pixels.
 
     Above, the frame to scale with its tiles; what neighbouring official tiles share and blend is orange.
-    Below, one mark for each chunk in time, and the plan in words.
+    Below, one mark for each chunk in time, and `words`, a line each; None: what the plan says of itself.
     """
-    words = str(plan).splitlines()
+    words = str(plan).splitlines() if words is None else words
     cells = tuple(-(-n // plan.latent_px) for n in size)
     scale = min((WIDTH - 2 * _MARGIN) / size[1], _FRAME_HEIGHT / size[0])
     shown = round(size[1] * scale), round(size[0] * scale)
@@ -34,7 +37,8 @@ def draw_plan(plan: Plan, size: tuple[int, int], frames: int, title: str) -> Ima
     corner = ((WIDTH - shown[0]) // 2, _MARGIN + _LINE)
     _draw_tiles(draw, plan, (cells[0], cells[1]), corner, shown)
     _draw_chunks(draw, plan.chunks, below)
-    label = f"{frames} frames in {plan.chunks} chunk{'s' * (plan.chunks != 1)}, from left to right"
+    counts = f"{frames} frame{'s' * (frames != 1)} in {plan.chunks} chunk{'s' * (plan.chunks != 1)}"
+    label = f"{counts}, from left to right"
     draw.text((_MARGIN, below + _BAR + 4), label, fill=_FAINT, font=font)
     for i, line in enumerate(words):
         draw.text((_MARGIN, below + _BAR + _LINE * (i + 1) + 14), line, fill=_INK, font=font)

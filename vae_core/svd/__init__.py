@@ -1,7 +1,8 @@
 """SVD's output adapter: its file, its arithmetic, its training, and the U-Net through diffusers (`svd.unet`)."""
 
 from .adapter import LAYER, OUTPUTS, OutputLayer, output_layer, read_adapter, save_adapter
-from .session import CHECKPOINT_EVERY, HELD_OUT, MOTION, Training, TrainingClip, augmented
+from .scenes import MOTION, beginning_of, look_through, spans_of
+from .session import CHECKPOINT_EVERY, HELD_OUT, Encode, Training, TrainingClip, WorseLayerError, with_buckets
 from .trainer import LATENT_SCALE, METHODS, AdapterTrainer, Draw, TrainSettings, network_target
 
 __all__ = [
@@ -14,13 +15,18 @@ __all__ = [
     "OUTPUTS",
     "AdapterTrainer",
     "Draw",
+    "Encode",
     "OutputLayer",
     "TrainSettings",
     "Training",
     "TrainingClip",
-    "augmented",
+    "WorseLayerError",
+    "beginning_of",
+    "look_through",
     "network_target",
     "output_layer",
     "read_adapter",
     "save_adapter",
+    "spans_of",
+    "with_buckets",
 ]

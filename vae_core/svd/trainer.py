@@ -22,12 +22,13 @@ from ..errors import CheckpointError
 from .adapter import OutputLayer, output_layer, read_tensors, write_tensors
 
 Method = Literal["gradient descent", "ridge regression"]
-METHODS: tuple[Method, ...] = ("gradient descent", "ridge regression")
+METHODS: tuple[Method, ...] = ("ridge regression", "gradient descent")
 LATENT_SCALE = 0.18215  # x0 is the latent of the VAE times this
 SIGMA = 0.7, 1.6  # mean and deviation of ln sigma, one for each clip
-AUGMENTATION = -3.0, 0.5  # the same of the noise on the image that the model sees
+AUGMENTATION = -3.0, 0.5  # the same of the noise on the image that the model sees, whose values are -1 to 1
 DROPPED = 0.1  # share of the steps without conditions, for classifier-free guidance
 STATE_FORMAT = "cviv-vae svd output adapter training"
+STATE_VERSION = "2"  # goes up when the same settings come to draw or to see something else
 _LARGEST_STATE = 1 << 30  # bytes; ridge regression of the full model keeps 66 MB
 
 
@@ -59,13 +60,20 @@ def network_target(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Draw:
     """What chance decides in one step. clip: its number. noise: of the latent, unit variance. dropped: whether the
-    step goes without conditions.
+    step goes without conditions. level: of the noise on the image, as SVD is told; image_seed: of that noise.
     """
 
     clip: int
     sigma: float
     noise: Tensor
     dropped: bool
+    level: float
+    image_seed: int
+
+    def on_picture(self, first: Tensor) -> Tensor:
+        """A first frame with its noise; values 0 to 1, so that `level`, which is told for -1 to 1, counts half."""
+        generator = torch.Generator().manual_seed(self.image_seed)
+        return first + self.level / 2 * torch.randn(first.shape, generator=generator)
 
 
 def draw(seed: int, step: int, lengths: list[tuple[int, ...]]) -> Draw:
@@ -74,7 +82,10 @@ def draw(seed: int, step: int, lengths: list[tuple[int, ...]]) -> Draw:
     clip = int(torch.randint(len(lengths), (1,), generator=generator))
     sigma = math.exp(SIGMA[0] + SIGMA[1] * float(torch.randn(1, generator=generator)))
     dropped = float(torch.rand(1, generator=generator)) < DROPPED
-    return Draw(clip=clip, sigma=sigma, noise=torch.randn(lengths[clip], generator=generator), dropped=dropped)
+    noise = torch.randn(lengths[clip], generator=generator)
+    level = math.exp(AUGMENTATION[0] + AUGMENTATION[1] * float(torch.randn(1, generator=generator)))
+    image_seed = int(torch.randint(2**40, (1,), generator=generator))
+    return Draw(clip=clip, sigma=sigma, noise=noise, dropped=dropped, level=level, image_seed=image_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +167,8 @@ class AdapterTrainer:
         for name, parameter in (("weight", self._weight), ("bias", self._bias)):
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}.{key}"] = value
-        write_tensors(path, tensors, {"format": STATE_FORMAT, "settings": json.dumps(asdict(self.settings))})
+        settings = json.dumps(asdict(self.settings))
+        write_tensors(path, tensors, {"format": STATE_FORMAT, "version": STATE_VERSION, "settings": settings})
 
     @classmethod
     def resume(
@@ -166,6 +178,11 @@ class AdapterTrainer:
         tensors, metadata = read_tensors(path, _LARGEST_STATE)
         if metadata.get("format") != STATE_FORMAT:
             raise CheckpointError(f"{path}: is no state of an adapter training. Move it away, or choose another name.")
+        if metadata.get("version") != STATE_VERSION:
+            raise CheckpointError(
+                f"{path}: was made by another version of this program, which trained otherwise. Train again under "
+                "another name."
+            )
         trainer = cls(old, settings, device)
         try:
             before = json.loads(metadata["settings"])

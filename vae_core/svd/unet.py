@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from ..weights.files import WeightFile, read_weights
 from .adapter import OutputLayer, output_layer
 from .keys import CLIP, UNET, clip_tensors, unet_config, unet_layers, unet_name
-from .session import MOTION, TrainingClip
+from .session import TrainingClip
 from .trainer import Draw, c_in, network_target
 
 # CLIP's pictures: size, and mean and deviation of its channels
@@ -41,15 +41,15 @@ class SVDNetwork:
         """Move the weights to `device`."""
         self._unet.to(device)
 
-    def features(self, clip: TrainingClip, drawn: Draw) -> tuple[Tensor, Tensor]:
+    def features(self, clip: TrainingClip, drawn: Draw, image: Tensor) -> tuple[Tensor, Tensor]:
         """What enters the output layer (t, features, h, w), and what it should give (t, 4, h, w)."""
         layer: Any = self._unet.conv_out
         device, dtype = layer.weight.device, layer.weight.dtype
         x0, noise = clip.x0.to(device), drawn.noise.to(device)
-        image, seen = (torch.zeros_like(t) if drawn.dropped else t for t in (clip.image, clip.seen))
+        image, seen = (torch.zeros_like(t) if drawn.dropped else t for t in (image, clip.seen))
         noisy = (x0 + drawn.sigma * noise) * c_in(drawn.sigma)
         sample = torch.cat((noisy, image.to(device).expand(x0.shape[0], -1, -1, -1)), dim=1)[None]  # 1 t 8 h w
-        told = torch.tensor([[clip.rate - 1, MOTION, clip.augmentation]], device=device)
+        told = torch.tensor([[clip.rate - 1, clip.bucket, drawn.level]], device=device)
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:

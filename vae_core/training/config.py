@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -297,13 +297,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _parse(text: str) -> Table:
-    if sys.version_info >= (3, 11):
-        import tomllib
-
-        return tomllib.loads(text)
-    import tomli  # pyright: ignore[reportMissingImports]
-
-    return tomli.loads(text)
+    return tomllib.loads(text)
 
 
 def as_table(config: object) -> Table:

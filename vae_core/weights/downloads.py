@@ -1,12 +1,10 @@
 """Fetching the official weights: from their authors' pages, resumable, checked before they get their name."""
 
 import contextlib
-import errno
 import http
 import http.client
 import os
 import re
-import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -19,7 +17,6 @@ from ..errors import CheckpointError
 
 MODELSCOPE = "https://www.modelscope.cn/models"
 HUGGINGFACE = "https://huggingface.co"
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 _CHUNK = 1 << 20
 _TIMEOUT = 30  # seconds without a byte
 
@@ -45,6 +42,18 @@ class OfficialFile:
     def target(self) -> str:
         """The file name it gets here."""
         return self.file if self.host == "modelscope" else f"cv-vae_{self.name}.safetensors"
+
+    @property
+    def url(self) -> str:
+        """The address of the file itself; HF_ENDPOINT names a mirror of Hugging Face, as for its own tools."""
+        if self.host == "modelscope":
+            return f"{MODELSCOPE}/{self.repository}/resolve/master/{self.file}"
+        return f"{os.environ.get('HF_ENDPOINT') or HUGGINGFACE}/{self.repository}/resolve/main/{self.file}"
+
+    @property
+    def bytes(self) -> int:
+        """About how large the file is: its numbers are float32."""
+        return 4 * self.parameters
 
     @property
     def page(self) -> str:
@@ -100,7 +109,7 @@ def download(name: str, folder: str | os.PathLike[str], *, report: Report | None
     """Fetch one of `OFFICIAL_FILES` into `folder`, which is made, and return its path there.
 
     A file already there is checked and not fetched again. What arrived before an interruption is kept in a hidden
-    `.part` beside it and continued. Before it gets its name the file is opened and every tensor's name and shape
+    `.part` in that folder and continued. Before it gets its name the file is opened and every tensor's name and shape
     compared with the published model. `report` is called with (bytes here, bytes in all or None).
 
     Raises CheckpointError for an unknown name or for a file that is not the published model, `DownloadError` when it
@@ -115,18 +124,11 @@ def download(name: str, folder: str | os.PathLike[str], *, report: Report | None
         return target
     made = not target.parent.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".part.{target.name}")  # a file whose ending tells how it is read; a folder for the hub
+    part = target.with_name(f".part.{target.name}")  # its ending tells how it is read
     try:
-        if official.host == "modelscope":
-            url = f"{MODELSCOPE}/{official.repository}/resolve/master/{official.file}"
-            fetch(url, part, report=report)
-            _accept(part, target, official)
-        else:
-            _accept(_from_hub(official, part), target, official)
-            shutil.rmtree(part, ignore_errors=True)
+        fetch(official.url, part, report=report)
+        _accept(part, target, official)
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        if part.is_dir() and not any(part.rglob("*.incomplete")):
-            shutil.rmtree(part, ignore_errors=True)
         if made:
             with contextlib.suppress(OSError):
                 target.parent.rmdir()  # where nothing arrived
@@ -180,27 +182,6 @@ def fetch(url: str, part: Path, *, report: Report | None = None) -> None:
                     report(have, total)
     if total is not None and have < total:
         raise http.client.IncompleteRead(b"", total - have)
-
-
-def _from_hub(official: OfficialFile, part: Path) -> Path:
-    """Fetch through huggingface_hub into the folder `part`. Raises ConnectionError when it breaks off."""
-    import huggingface_hub  # optional, and needed for this alone
-    from huggingface_hub.utils import logging as hub_logging
-
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # it announces every retry in three lines
-    try:
-        fetched = huggingface_hub.hf_hub_download(official.repository, official.file, local_dir=part)
-    except Exception as error:  # its errors come from several libraries and change with their versions
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ConnectionError(str(cause)) from error
-    finally:
-        hub_logging.set_verbosity(verbosity)
-    return Path(fetched)
 
 
 def _accept(part: Path, target: Path, official: OfficialFile) -> None:

@@ -1,106 +1,126 @@
-// The report of our nodes, kept on the node: what ran, in which tiles, how long, how much memory, exact or not.
+// The report of our nodes, kept on the node: one line, and on a click all the rest.
 // ComfyUI hands it over as the node's output "text"; without this file it is still the node's output "report".
-import { app } from "../../../scripts/app.js";
+import { onOutput } from "./node_outputs.js";
 
 const WIDGET = "cviv_report";
 const PREVIEW = "$$canvas-image-preview"; // ComfyUI's widget for pictures; older front ends draw them to the node's end
-const STATUS = "$$node-text-preview"; // ComfyUI's widget for what a node says while it runs
 const LINE = 16; // pixels
-const MOST_LINES = 14; // a longer report scrolls
+const CHROME = 10; // pixels of height that are not text
+const MARGIN = 4; // pixels around it
+const MOST_LINES = 16; // a longer report scrolls
 
-function box() {
-  const element = document.createElement("div");
-  element.className = "cviv-report";
-  element.tabIndex = 0; // so that the keyboard scrolls it
-  element.setAttribute("role", "log");
-  element.setAttribute("aria-label", "report");
-  Object.assign(element.style, {
-    boxSizing: "border-box",
-    width: "100%",
-    height: "100%",
-    overflow: "auto",
-    padding: "6px 8px",
-    borderRadius: "6px",
-    background: "var(--comfy-input-bg)",
-    color: "var(--input-text)",
-    font: `11px/${LINE}px ui-monospace, Consolas, Menlo, monospace`,
-    whiteSpace: "pre-wrap",
-    overflowWrap: "anywhere",
-    userSelect: "text",
-    cursor: "text",
-  });
-  // a click or a turn of the wheel inside is for the text, not for the graph around it
-  for (const name of ["pointerdown", "copy"]) element.addEventListener(name, (event) => event.stopPropagation());
-  element.addEventListener("wheel", (event) => {
-    if (element.scrollHeight > element.clientHeight && !event.ctrlKey) event.stopPropagation();
-  });
-  return element;
+const STYLE = `
+.cviv-report { box-sizing: border-box; width: 100%; overflow: hidden; border-radius: 6px; background: var(--comfy-input-bg);
+  color: var(--input-text); font: 11px/${LINE}px ui-sans-serif, system-ui, sans-serif; }
+.cviv-report-head { display: flex; gap: 5px; box-sizing: border-box; width: 100%; padding: 5px 8px; border: 0; background: none;
+  color: inherit; font: inherit; text-align: start; cursor: pointer; user-select: text; }
+.cviv-report-head:disabled { cursor: text; }
+.cviv-report-head:focus-visible { outline: 2px solid var(--p-primary-color, #60a5fa); outline-offset: -2px; border-radius: 6px; }
+.cviv-report-mark { flex: none; width: 8px; transition: transform 0.1s; }
+.cviv-report-head:disabled .cviv-report-mark { display: none; }
+.cviv-report-head[aria-expanded="true"] .cviv-report-mark { transform: rotate(90deg); }
+.cviv-report-line { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.cviv-report-head[aria-expanded="true"] .cviv-report-line { white-space: normal; overflow-wrap: anywhere; }
+.cviv-report-details { box-sizing: border-box; max-height: ${LINE * MOST_LINES}px; margin: 0; padding: 0 8px 5px 21px; overflow: auto;
+  font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text; cursor: text; opacity: 0.85; }
+`;
+
+function addStyle() {
+  if (document.getElementById("cviv-report-style")) return;
+  const style = document.createElement("style");
+  style.id = "cviv-report-style";
+  style.textContent = STYLE;
+  document.head.append(style);
 }
 
-function heightFor(element, width) {
-  const letters = Math.max(20, Math.floor((width - 46) / 6.7)); // of 11 px monospace in a line
-  const lines = element.textContent.split("\n").map((line) => Math.max(1, Math.ceil(line.length / letters)));
-  return 34 + LINE * Math.min(MOST_LINES, lines.reduce((sum, count) => sum + count, 0));
-}
-
-function show(node, text) {
-  let widget = node.widgets?.find((one) => one.name === WIDGET);
-  if (!widget) {
-    const element = box();
-    widget = node.addDOMWidget(WIDGET, "cviv_report", element, {
-      serialize: false, // neither in the workflow nor in the prompt
-      hideOnZoom: false,
-      getValue: () => element.textContent,
-      setValue: (value) => (element.textContent = value ?? ""),
-      getMinHeight: () => heightFor(element, node.size[0]),
+class Report {
+  constructor(changed) {
+    addStyle();
+    const make = (tag, name) => Object.assign(document.createElement(tag), { className: name });
+    this.element = make("div", "cviv-report");
+    this.element.setAttribute("role", "log");
+    this.element.setAttribute("aria-label", "report");
+    this.head = Object.assign(make("button", "cviv-report-head"), { type: "button" });
+    this.line = make("span", "cviv-report-line");
+    this.head.append(Object.assign(make("span", "cviv-report-mark"), { textContent: "▸" }), this.line);
+    this.details = make("pre", "cviv-report-details");
+    this.details.tabIndex = 0; // so that the keyboard scrolls it
+    this.element.append(this.head, this.details);
+    this.text = "";
+    this.fold(true);
+    this.head.addEventListener("click", () => {
+      const before = this.height();
+      this.fold(!this.folded);
+      changed(this.height() - before);
     });
-    widget.serialize = false;
-    const preview = node.widgets.findIndex((one) => one.name === PREVIEW);
-    if (preview >= 0) node.widgets.push(...node.widgets.splice(preview, 1)); // below the report
+    // a click or a turn of the wheel inside is for the text, not for the graph around it
+    for (const name of ["pointerdown", "copy"]) this.element.addEventListener(name, (event) => event.stopPropagation());
+    this.details.addEventListener("wheel", (event) => {
+      if (this.details.scrollHeight > this.details.clientHeight && !event.ctrlKey) event.stopPropagation();
+    });
   }
-  widget.element.textContent = text;
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+
+  show(text) {
+    this.text = text;
+    const [line, ...rest] = text.split("\n");
+    this.line.textContent = this.head.title = line;
+    this.details.textContent = rest.join("\n");
+    this.head.disabled = rest.length === 0;
+    if (rest.length === 0) this.fold(true);
+  }
+
+  fold(on) {
+    this.folded = on;
+    this.head.setAttribute("aria-expanded", String(!on));
+    this.details.hidden = on;
+  }
+
+  /** Pixels that it takes in a node of the width that it was last drawn at. */
+  height() {
+    if (this.folded) return LINE + CHROME;
+    const letters = Math.max(20, Math.floor(((this.width ?? 300) - 60) / 5.6)); // of 11 px in a line
+    const lines = (text) => text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
+    return LINE * lines(this.line.textContent) + CHROME + 5 + LINE * Math.min(MOST_LINES, lines(this.details.textContent));
+  }
+}
+
+const reports = new WeakMap(); // node -> Report
+
+/** Make the node as high as it must be; it keeps what its user made it higher than that. */
+function grow(node, by) {
+  const least = node.computeSize();
+  const height = Math.max(least[1], node.size[1] + by);
+  node.setSize([Math.max(least[0], node.size[0]), height]);
   node.setDirtyCanvas?.(true, true);
 }
 
-// its last words are in the report, too
-function removeStatus(node) {
-  const status = node.widgets?.find((one) => one.name === STATUS);
-  if (status) node.removeWidget(status);
+function addReport(node) {
+  const report = new Report((by) => grow(node, by));
+  reports.set(node, report);
+  const height = () => {
+    report.width = node.size[0];
+    return report.height() + 2 * MARGIN;
+  };
+  const widget = node.addDOMWidget(WIDGET, "cviv_report", report.element, {
+    serialize: false, // neither in the workflow nor in the prompt
+    hideOnZoom: false,
+    getValue: () => report.text,
+    setValue: (value) => report.show(value ?? ""),
+    getMinHeight: height,
+    getMaxHeight: height,
+    margin: MARGIN,
+  });
+  widget.serialize = false;
+  const preview = node.widgets.findIndex((one) => one.name === PREVIEW);
+  if (preview >= 0) node.widgets.push(...node.widgets.splice(preview, 1)); // below the report
+  return report;
 }
 
-function nodeAt(key) {
-  const [id, graph] = String(key).split(":").reverse(); // inside a subgraph: its id, a colon, the node's id
-  const root = app.rootGraph ?? app.graph;
-  return (graph ? root.subgraphs?.get(graph) : root)?.getNodeById(Number(id));
-}
-
-function reportOf(output) {
-  return Array.isArray(output?.text) && output.text.length ? output.text.join("\n") : null;
-}
-
-app.registerExtension({
-  name: "cviv-vae.report",
-  beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!nodeData.name.startsWith("CVIV_")) return;
-    const before = nodeType.prototype.onExecuted;
-    nodeType.prototype.onExecuted = function (output, ...rest) {
-      const result = before?.call(this, output, ...rest);
-      const text = reportOf(output);
-      if (text !== null) {
-        removeStatus(this);
-        show(this, text);
-      }
-      return result;
-    };
-  },
-  // nodes are built anew when another workflow was in between
-  onNodeOutputsUpdated(outputs) {
-    for (const [key, output] of Object.entries(outputs)) {
-      const text = reportOf(output);
-      const node = text === null ? null : nodeAt(key);
-      if (node?.type?.startsWith("CVIV_")) show(node, text);
-    }
-  },
+onOutput((node, output) => {
+  if (!Array.isArray(output.text) || !output.text.length) return;
+  const known = reports.get(node);
+  const report = known ?? addReport(node);
+  if (!known && output.cviv_unfolded) report.fold(false);
+  report.show(output.text.join("\n"));
+  grow(node, 0);
 });

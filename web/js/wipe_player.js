@@ -2,6 +2,7 @@
 // Without this file the node still has its chart, table and report.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { onOutput } from "./node_outputs.js";
 import { WipePlayer } from "./wipe_player_view.js";
 
 const KEY = "cviv_wipe";
@@ -52,28 +53,6 @@ function show(node, told) {
   node.setDirtyCanvas?.(true, true);
 }
 
-function nodeAt(key) {
-  const [id, graph] = String(key).split(":").reverse(); // inside a subgraph: its id, a colon, the node's id
-  const root = app.rootGraph ?? app.graph;
-  return (graph ? root.subgraphs?.get(graph) : root)?.getNodeById(Number(id));
-}
-
-app.registerExtension({
-  name: "cviv-vae.wipe-player",
-  beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!nodeData.name.startsWith("CVIV_")) return;
-    const before = nodeType.prototype.onExecuted;
-    nodeType.prototype.onExecuted = function (output, ...rest) {
-      const result = before?.call(this, output, ...rest);
-      if (output?.[KEY]?.[0]) show(this, output[KEY][0]);
-      return result;
-    };
-  },
-  // nodes are built anew when another workflow was in between
-  onNodeOutputsUpdated(outputs) {
-    for (const [key, output] of Object.entries(outputs)) {
-      const node = output?.[KEY]?.[0] ? nodeAt(key) : null;
-      if (node?.type?.startsWith("CVIV_")) show(node, output[KEY][0]);
-    }
-  },
+onOutput((node, output) => {
+  if (output[KEY]?.[0]) show(node, output[KEY][0]);
 });

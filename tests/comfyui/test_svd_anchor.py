@@ -1,0 +1,237 @@
+"""What later chunks of SVD are told: their image, their motion, the hints of a ControlNet; and steps made in rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .inprocess import Comfy, NodeError
+from .svd import small_svd
+from .svd_model import (
+    LONG,
+    SCALE,
+    Call,
+    conditions,
+    empty,
+    function_svd,
+    indices,
+    ksampler,
+    long_model,
+    random_images,
+    small_clip_vision,
+    small_image_vae,
+    spread,
+)
+
+LATENTS = 20
+SPANS = [(0, 8), (6, 14), (12, 20)]
+
+
+def climbing(call: Call) -> Tensor:
+    """A network whose chunks rise from the image that each latent is shown."""
+    return spread((call.image + 1 + 0.01 * torch.arange(call.frames)) * SCALE, call)
+
+
+@pytest.fixture(scope="module")
+def readers(loaded: Comfy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder: Path = tmp_path_factory.mktemp("clip")
+    return {"image_vae": small_image_vae(loaded), "clip_vision": small_clip_vision(loaded, folder)}
+
+
+def test_every_carried_latent_in_its_place(comfy: Comfy) -> None:
+    model, network = function_svd(comfy, climbing)
+    patched = long_model(comfy, model, LATENTS, mode="continuation", anchor="all carried", carry=2)
+    result = ksampler(comfy, patched, conditions(indices(1)), empty(LATENTS), steps=1, cfg=1.0)[:, 0, 0, 0]
+    seen = [call.image for call in network.calls]
+    assert seen[0].tolist() == [1.0] * 8
+    for image, (start, _) in zip(seen[1:], SPANS[1:], strict=True):
+        assert torch.allclose(image[:2], result[start : start + 2], rtol=1e-4)
+        assert torch.allclose(image[2:], result[start + 1].expand(6), rtol=1e-4)
+
+
+def test_by_way_of_a_picture(comfy: Comfy, readers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, clip = readers["image_vae"], readers["clip_vision"]
+    calls: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            calls.append(name)
+            return function(*arguments, **keywords)
+
+        return call
+
+    model, network = function_svd(comfy, climbing)
+    patched, _, _ = comfy.call(
+        "CVIV_SVDLongVideo", model=model, samples=empty(LATENTS),
+        **{**LONG, "mode": "continuation", "anchor": "re-encoded"}, **readers,
+    )  # fmt: skip
+    with monkeypatch.context() as patches:
+        patches.setattr(vae, "decode", counted("decode", vae.decode))
+        patches.setattr(vae, "encode", counted("encode", vae.encode))
+        patches.setattr(clip, "encode_image", counted("see", clip.encode_image))
+        result = ksampler(comfy, patched, conditions(indices(1)), empty(LATENTS), steps=2)
+    assert calls == ["decode", "encode", "see"] * 2  # once for each later chunk
+    for number, (start, _) in enumerate(SPANS):
+        call = network.calls[2 * number]
+        if not number:
+            assert call.context.tolist() == [1.0] * 8
+            continue
+        with torch.inference_mode():
+            picture = vae.decode(result[start : start + 1])[..., :3]
+            image, seen = vae.encode(picture), clip.encode_image(picture).image_embeds
+        assert call.image[0] == pytest.approx(float(image[0, 0, 0, 0]), rel=1e-4)
+        assert call.context[0] == pytest.approx(float(seen[0, 0]), rel=1e-4)
+
+
+def test_a_picture_needs_its_models(comfy: Comfy, readers: dict[str, Any]) -> None:
+    widgets = {**LONG, "mode": "continuation", "anchor": "re-encoded"}
+    with pytest.raises(NodeError, match=r"nothing is connected to image_vae and clip_vision.*anchor moving"):
+        comfy.call("CVIV_SVDLongVideo", model=small_svd(comfy), samples=empty(LATENTS), **widgets)
+    with pytest.raises(NodeError, match=r"nothing is connected to clip_vision"):
+        comfy.call(
+            "CVIV_SVDLongVideo",
+            model=small_svd(comfy),
+            samples=empty(LATENTS),
+            image_vae=readers["image_vae"],
+            **widgets,
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- motion
+
+
+def test_motion_is_kept_up(comfy: Comfy) -> None:
+    """A network that slows down from chunk to chunk, and moves as much as its motion bucket says."""
+    pattern = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    embed = comfy.module("comfy.model_base").Timestep(256)
+    buckets = torch.cat([embed(torch.tensor([float(bucket)])) for bucket in range(1, 256)])
+    told: list[int] = []
+
+    def moving(call: Call) -> Tensor:
+        bucket = 1 + int((buckets - call.told[256:512]).square().sum(1).argmin())
+        told.append(bucket)
+        speed = bucket / 127 * 0.85 ** (call.start // 6)
+        where = call.start + torch.arange(call.frames)
+        return (pattern[:1] + speed * 0.1 * pattern[where]) * SCALE
+
+    model, _ = function_svd(comfy, moving)
+
+    def speeds(steady: bool) -> list[float]:
+        told.clear()
+        patched = long_model(comfy, model, 32, mode="continuation", steady_motion=steady)
+        result = ksampler(comfy, patched, conditions(random_images(size=4)), empty(32), steps=1, cfg=1.0)
+        change = result.diff(dim=0).square().mean((1, 2, 3)).sqrt()
+        return [float(part.mean()) for part in (change[:7], change[9:13], change[15:19], change[21:25], change[27:31])]
+
+    falling = speeds(False)
+    assert told == [127] * 5
+    assert falling[-1] < 0.6 * falling[0]
+    kept = speeds(True)
+    assert told[0] == 127
+    assert told == sorted(told)
+    assert kept[-1] > 0.8 * kept[0]
+
+
+def test_motion_of_latents(comfy: Comfy) -> None:
+    motion = comfy.pack("nodes.svd.motion")
+    still = torch.randn(1, 4, 8, 8).expand(6, -1, -1, -1)
+    assert motion.motion_of(still) == 0
+    assert motion.motion_of(still + torch.arange(6.0).reshape(-1, 1, 1, 1)) == pytest.approx(0, abs=1e-6)  # brighter
+    assert motion.motion_of(torch.randn(6, 4, 8, 8)) == pytest.approx(2**0.5, rel=0.1)
+    assert motion.bucket_for(127, [1.0]) == 127
+    assert motion.bucket_for(100, [1.0, 0.8]) == 125
+    assert motion.bucket_for(200, [1.0, 0.1, 0.1]) == 255
+    assert motion.bucket_for(300, [1.0, 1.0]) == 300
+    assert motion.bucket_for(127, [0.0, 1.0]) == 127
+
+
+# -------------------------------------------------------------------------------------------------------------- hints
+
+
+class Control:
+    """What ComfyUI needs of a ControlNet. calls: the hints of each call."""
+
+    def __init__(self, comfy: Comfy, hint: Tensor) -> None:
+        base = comfy.module("comfy.controlnet").ControlBase
+        calls: list[Tensor] = []
+
+        class Fake(base):
+            def get_control(self, x_noisy: Tensor, t: Any, cond: Any, batched_number: int, options: Any = None) -> Any:
+                before = self.previous_controlnet
+                if before is not None:
+                    before.get_control(x_noisy, t, cond, batched_number, options)
+                calls.append(self.cond_hint_original[:, 0, 0, 0])
+                return None
+
+            def get_models(self) -> list[Any]:
+                return []
+
+            def copy(self) -> Any:
+                made = Fake()
+                self.copy_to(made)
+                return made
+
+        self.calls, self.net = calls, Fake()
+        self.net.cond_hint_original = hint
+
+
+def with_control(conds: tuple[Any, Any], control: Any) -> tuple[Any, Any]:
+    ((embeds, told),) = conds[0]
+    return [[embeds, {**told, "control": control}]], conds[1]
+
+
+@pytest.mark.parametrize("mode", ["windows", "continuation"])
+@pytest.mark.parametrize("hints", [1, LATENTS, 4 * LATENTS - 3])
+def test_a_hint_for_each_latent(comfy: Comfy, mode: str, hints: int) -> None:
+    model, _ = function_svd(comfy, climbing)
+    control = Control(comfy, torch.arange(float(hints)).reshape(-1, 1, 1, 1).expand(-1, 3, 32, 32))
+    chained = Control(comfy, torch.full((1, 3, 32, 32), 7.0))
+    control.net.set_previous_controlnet(chained.net)
+    conds = with_control(conditions(indices(1)), control.net)
+    ksampler(comfy, long_model(comfy, model, LATENTS, mode=mode), conds, empty(LATENTS), steps=1, cfg=1.0)
+    step = 1 if hints == LATENTS else 4
+    wanted = [[0.0]] * 3 if hints == 1 else [[float(step * place) for place in range(*span)] for span in SPANS]
+    assert [call.tolist() for call in control.calls] == wanted
+    assert [call.tolist() for call in chained.calls] == [[7.0]] * 3
+    assert control.net.cond_hint_original.shape[0] == hints
+
+
+def test_hints_that_fit_nothing(comfy: Comfy) -> None:
+    model, _ = function_svd(comfy, climbing)
+    conds = with_control(conditions(indices(1)), Control(comfy, torch.zeros(8, 3, 32, 32)).net)
+    with pytest.raises(
+        NodeError, match=r"ControlNet has 8 pictures and the clip 20 latents.*20 \(one for each latent\) or 77"
+    ):
+        ksampler(comfy, long_model(comfy, model, LATENTS), conds, empty(LATENTS), steps=1)
+
+
+# -------------------------------------------------------------------------------------------------------------- rounds
+
+
+def test_rounds_of_later_chunks(comfy: Comfy) -> None:
+    model, network = function_svd(comfy, climbing)
+    conds = conditions(indices(1))
+    once = ksampler(comfy, long_model(comfy, model, LATENTS, mode="continuation"), conds, empty(LATENTS), cfg=1.0)
+    network.calls.clear()
+    patched = long_model(comfy, model, LATENTS, mode="continuation", resamples=3)
+    result = ksampler(comfy, patched, conds, empty(LATENTS), cfg=1.0)
+    assert [call.start for call in network.calls] == [0] * 3 + [6] * 9 + [12] * 9
+    assert (result - once).abs().max() < 1e-3  # the network does not look at the noise
+    sigmas = [call.sigma for call in network.calls[3:12]]
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert len(set(sigmas)) == 3
+    with pytest.raises(NodeError, match=r"The sampler is heun, and resamples above 1.*Choose euler"):
+        ksampler(comfy, patched, conds, empty(LATENTS), "heun", cfg=1.0, seed=5)
+
+
+def test_rounds_keep_the_noise_level(comfy: Comfy) -> None:
+    model, network = function_svd(comfy, climbing)
+    patched = long_model(comfy, model, LATENTS, mode="continuation", resamples=4)
+    ksampler(comfy, patched, conditions(indices(1)), empty(LATENTS, 32), steps=8, cfg=1.0)
+    for call in network.calls[8:16]:
+        noise = (call.x * (call.sigma**2 + 1) ** 0.5 - climbing(call)) / call.sigma
+        assert float(noise.std()) == pytest.approx(1, abs=0.1)

@@ -1,0 +1,557 @@
+"""More files of each kind that failed once, made here: side data, times, damage, values, losses, what is no file."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, ImageOps
+from typer.testing import CliRunner, Result
+
+from vae_core.cli import app as commands
+from vae_core.cli.work import Form, notes_on, open_clip
+from vae_core.errors import VideoError
+from vae_core.media.hdr import HLG, PQ, to_sdr
+from vae_core.media.latents import open_latent
+from vae_core.media.rates import constant_rate, on_grid, snapped
+from vae_core.media.video import VideoWriter, frame_times, losses, probe, read_frames, timeline_of
+from vae_core.training.clip_decoding import random_clip, read_picked
+from vae_core.training.clip_files import ClipFile
+
+from .clips import moving_picture, same_sound, tone, with_sound, write_av
+from .media_checks import lengths, shown
+
+RATE = Fraction(25)
+
+
+def run(*words: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(commands.app, [str(word) for word in words])
+
+
+def read_all(path: Path, **choice: bool) -> torch.Tensor:
+    return torch.cat(list(read_frames(path, **choice)), 2)
+
+
+def as_bytes(video: torch.Tensor) -> np.ndarray:
+    """(1, 3, t, H, W) in [-1, 1] to t h w c floats in 0..255."""
+    return ((video[0] + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+
+
+def numbered(path: Path, frames: int, **choice: object) -> Path:
+    """Frame i is the grey 8 i."""
+    pictures = [np.full((48, 64, 3), 8 * i % 250, np.uint8) for i in range(frames)]
+    return write_av(path, pictures, **choice)  # pyright: ignore[reportArgumentType]
+
+
+def greys(video: torch.Tensor) -> list[int]:
+    """The numbers of such frames."""
+    return [round(float(level) / 8) for level in as_bytes(video).mean((1, 2, 3))]
+
+
+def copied(path: Path, target: Path, form: Form | None = None, **choice: bool) -> list[str]:
+    """Read and written again, as the commands do it; returns what was said of it."""
+    clip = open_clip(path, **choice)
+    with clip.writer(target, form or Form()) as writer:
+        for chunk in clip.read():
+            writer.write(chunk)
+    return [*notes_on(clip), *writer.told]
+
+
+# --------------------------------------------------------------------------------------------------- 1 side data
+
+
+def _corner(height: int = 48, width: int = 64) -> np.ndarray:
+    """Light at the top left."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[:16, :32] = 255
+    return picture
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+def test_profiles_and_exif_harm_nothing(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    if suffix != ".tif":  # where Pillow cannot write it
+        exif[0x8769] = {0x9003: "2026:01:01 00:00:00"}
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(_corner()).save(path, exif=exif, icc_profile=profile)
+    np.testing.assert_allclose(as_bytes(read_all(path))[0], _corner(), atol=40)
+    assert probe(path).size == (48, 64)
+    clip = ClipFile(path=path, key="", kind="image")
+    assert next(read_picked(clip, lambda _: [0])).shape == (3, 48, 64)
+    assert random_clip(
+        clip, frames=1, stride=(1, 1), size=(16, 16), short_side=None, random=np.random.default_rng(0)
+    ).shape == (3, 1, 16, 16)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_and_mirrored_as_their_exif_asks(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(_corner()).save(path, exif=exif)
+    with Image.open(path) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    assert probe(path).size == expected.shape[:2]
+    np.testing.assert_allclose(as_bytes(read_all(path))[0], expected, atol=40)
+
+
+# --------------------------------------------------------------------------------------------------- 2 times
+
+
+def test_b_frames_in_avi_come_in_order_at_even_times(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "a.avi", 20, codec="mpeg4", options={"bf": "2", "b": "4000000"})
+    assert greys(read_all(path)) == list(range(20))
+    times = frame_times(path)
+    assert np.diff([float(time) for time in times]) == pytest.approx(0.04)
+
+
+def test_times_of_a_gif_with_pauses(tmp_path: Path) -> None:
+    pictures = [Image.fromarray(np.full((32, 48), 40 * i, np.uint8)) for i in range(5)]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=[100, 500, 40, 40, 900])
+    timeline = timeline_of(tmp_path / "a.gif")
+    assert [float(time) for time in timeline.times()] == [0, 0.1, 0.6, 0.64, 0.68]
+    assert float(timeline.time(5)) == 1.58
+    assert not timeline.even
+    copied(tmp_path / "a.gif", tmp_path / "a.mp4")
+    assert [round(time, 3) for time, _ in shown(tmp_path / "a.mp4")] == [0, 0.1, 0.6, 0.64, 0.68]
+    assert lengths(tmp_path / "a.mp4")[0] == pytest.approx(1.58, abs=0.001)
+
+
+def _parts(folder: Path, suffix: str, frames: int = 50) -> list[bytes]:
+    video = "mpeg1video" if suffix == ".mpg" else "libx264"
+    sound = "mp2" if suffix == ".mpg" else "aac"
+    made = []
+    for number in range(2):
+        path = folder / f"part{number}{suffix}"
+        with av.open(str(path), "w", options={}) as container:
+            stream = container.add_stream(video, rate=25, options={"g": "12"})
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            write_tone = tone(container, sound)
+            for index in range(frames):
+                level = 20 + 100 * number + 2 * index
+                frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")
+                frame.pts = index
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+            write_tone(frames / 25)
+        made.append(path.read_bytes())
+    return made
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mpg"])
+def test_joined_files_are_one_film(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"joined{suffix}"
+    path.write_bytes(b"".join(_parts(tmp_path, suffix)))
+    levels = as_bytes(read_all(path)).mean((1, 2, 3))
+    assert len(levels) == 100
+    for one in (levels[:50], levels[50:]):  # MPEG-1 at its usual rate leaves some frames as the one before
+        assert all(np.diff(one) > -0.5)
+        assert one[-1] > one[0] + 80
+    assert levels[50] > levels[0] + 90
+    timeline = timeline_of(path)
+    assert float(timeline.time(100) - timeline.time(0)) == pytest.approx(4, abs=0.001)
+    said = copied(path, tmp_path / "copy.mp4")
+    assert "time stamps that start again once" in said[0]
+    first = float(timeline.time(0))
+    for offset in (0.0, 2.0):  # the tone begins again with the second part
+        piece = tmp_path / f"cut{offset:g}.mp4"
+        clip = open_clip(path, round(offset * 25), 50)
+        with clip.writer(piece, Form()) as writer:
+            for chunk in clip.read():
+                writer.write(chunk)
+        same_sound(tmp_path / f"part0{suffix}", piece, offset=first, length=1.8)
+
+
+def test_a_stream_cut_inside_a_group_begins_at_its_first_picture(tmp_path: Path) -> None:
+    whole = with_sound(tmp_path / "whole.ts", 75, group=12)
+    content = whole.read_bytes()
+    cut = content[len(content) // 3 // 188 * 188 :]
+    (tmp_path / "cut.ts").write_bytes(cut)
+    timeline = timeline_of(tmp_path / "cut.ts")
+    assert timeline.lead > 0 or len(timeline) < 75
+    said = copied(tmp_path / "cut.ts", tmp_path / "copy.mp4")
+    picture, sound = lengths(tmp_path / "copy.mp4")
+    assert abs(picture - sound) < 0.1
+    same_sound(whole, tmp_path / "copy.mp4", offset=float(timeline.time(0)), length=picture - 0.1)
+    assert not timeline.lead or "begins within a group of pictures" in said[0]
+
+
+def test_rates_are_those_that_were_meant() -> None:
+    assert snapped(Fraction(19001, 317)) == Fraction(60000, 1001)
+    assert snapped(Fraction(2997, 100)) == Fraction(30000, 1001)
+    assert snapped(Fraction(17)) == 17
+    milliseconds = [round(1000 * i * 1001 / 30000) for i in range(300)]
+    assert constant_rate(milliseconds, Fraction(1, 1000), [Fraction(30)]) == (Fraction(30000, 1001), True)
+    assert constant_rate([0, 40, 80, 400, 440], Fraction(1, 1000), [Fraction(9)]) == (25, False)
+    assert constant_rate([0], Fraction(1, 1000), []) == (25, True)
+
+
+def test_an_even_grid_drops_and_repeats_so_that_times_stay() -> None:
+    times = [Fraction(t, 100) for t in (0, 4, 5, 20, 24)]
+    assert on_grid(times, Fraction(28, 100), Fraction(25)) == [0, 2, 2, 2, 2, 3, 4]
+    assert on_grid(times, Fraction(28, 100), Fraction(25), first=7) == [7, 9, 9, 9, 9, 10, 11]
+    assert on_grid([Fraction(3)], Fraction(4), Fraction(10)) == [0] * 10
+
+
+# --------------------------------------------------------------------------------------------------- 3 damage
+
+
+def _spoilt(path: Path, target: Path, frame: int) -> Path:
+    """The same file with the data of one packet destroyed."""
+    with av.open(str(path)) as file:
+        packet = [packet for packet in file.demux(video=0) if packet.size][frame]
+        place, size = packet.pos, packet.size
+    content = bytearray(path.read_bytes())
+    content[place + 5 : place + size - 1] = bytes([0x5A]) * (size - 6)
+    target.write_bytes(content)
+    return target
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+def test_a_spoilt_packet_is_said_and_skipped(tmp_path: Path, suffix: str) -> None:
+    whole = tmp_path / f"whole{suffix}"
+    noise = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), np.uint8)
+    write_av(whole, list(noise), options={"g": "10", "bf": "0", "sc_threshold": "0"})
+    path = _spoilt(whole, tmp_path / f"spoilt{suffix}", 23)
+    with pytest.raises(VideoError) as caught:
+        read_all(path)
+    assert "is damaged from frame 23 on" in str(caught.value)
+    assert "frames 0 to 22 can be used and, the most, 30 to 59 (--start 30 --frames 30)" in str(caught.value)
+    first, rest = read_all(path, skip_damage=True), read_all(whole)
+    assert first.shape == rest.shape
+    assert torch.equal(first[:, :, :23], rest[:, :, :23])
+    assert torch.equal(first[:, :, 30:], rest[:, :, 30:])
+    for start, frames in ((0, 23), (30, 30)):
+        assert torch.equal(torch.cat(list(read_frames(path, start, frames)), 2), rest[:, :, start : start + frames])
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_cut_file_gives_what_is_there(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), np.uint8)
+    whole = tmp_path / f"whole{suffix}"
+    options = {"movflags": "faststart"} if suffix == ".mp4" else {}
+    with av.open(str(whole), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index, picture in enumerate(noise):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
+    timeline = timeline_of(cut)
+    assert 15 < len(timeline) < 30
+    assert torch.equal(read_all(cut), read_all(whole)[:, :, : len(timeline)])
+    if suffix == ".mp4":
+        assert timeline.cut == 40 - len(timeline)
+        assert f"is cut short: {timeline.cut} frames at its end are missing" in timeline.told()
+
+
+def test_training_goes_on_past_damage(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), np.uint8)
+    whole = write_av(tmp_path / "whole.mp4", list(noise), options={"g": "10", "bf": "0", "sc_threshold": "0"})
+    path = _spoilt(whole, tmp_path / "spoilt.mp4", 3)
+    expected = read_all(whole)[0]
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        cut = random_clip(
+            ClipFile(path=path, key="", kind="video"), frames=5, stride=(9, 10), size=(48, 64), short_side=48,
+            random=random,
+        )  # fmt: skip
+        assert any(torch.equal(cut[:, 0], expected[:, frame]) for frame in range(10, 60)) or cut.shape[1] == 5
+
+
+# --------------------------------------------------------------------------------------------------- 4, 5 values
+
+
+def test_a_shape_of_pixels_that_a_file_cannot_hold_is_said(tmp_path: Path) -> None:
+    for name, kept in (("a.webm", False), ("a.mkv", True)):
+        with VideoWriter(tmp_path / name, fps=RATE, size=(48, 64), aspect=Fraction(16, 11)) as writer:
+            writer.write(moving_picture(3, 48, 64))
+            assert writer.told == [] if kept else "pixels of 16:11 are written as square ones" in writer.told[0]
+        assert probe(tmp_path / name).aspect == (Fraction(16, 11) if kept else 1)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mov", ".mp4"])
+def test_the_shape_of_pixels_is_kept(tmp_path: Path, suffix: str) -> None:
+    source = tmp_path / f"source{suffix}"
+    with VideoWriter(source, fps=RATE, size=(48, 64), aspect=Fraction(16, 11)) as writer:
+        writer.write(moving_picture(3, 48, 64))
+    assert probe(source).aspect == Fraction(16, 11)
+    assert run("encode", source, "-o", tmp_path / "a.latent.safetensors").exit_code == 0
+    assert open_latent(tmp_path / "a.latent.safetensors").meta.aspect == Fraction(16, 11)
+    assert run("decode", tmp_path / "a.latent.safetensors", "-o", tmp_path / f"back{suffix}").exit_code == 0
+    assert probe(tmp_path / f"back{suffix}").aspect == Fraction(16, 11)
+
+
+@pytest.mark.parametrize(("bits", "codes"), [(8, (16, 126, 235)), (10, (64, 502, 940)), (12, (256, 2008, 3760))])
+@pytest.mark.parametrize("layout", ["yuv420p", "yuv422p", "yuv444p"])
+def test_code_values_are_exact(tmp_path: Path, bits: int, codes: tuple[int, ...], layout: str) -> None:
+    form = layout if bits == 8 else f"{layout}{bits}le"
+    path = tmp_path / "codes.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, form
+        for code in codes:
+            frame = av.VideoFrame(64, 48, form)
+            for number, plane in enumerate(frame.planes):
+                kind = np.uint8 if bits == 8 else np.uint16
+                value = 2 ** (bits - 1) if number else code
+                plane.update(np.full(plane.buffer_size // kind().itemsize, value, kind).tobytes())
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    levels = read_all(path)[0].mean((0, 2, 3))
+    black, white = 16 * 2 ** (bits - 8), 235 * 2 ** (bits - 8)
+    expected = [2 * (code - black) / (white - black) - 1 for code in codes]
+    np.testing.assert_allclose(levels.numpy(), expected, atol=1e-6)
+
+
+def test_chroma_is_written_where_it_is_said_to_be(tmp_path: Path) -> None:
+    """A colour ramp keeps its place: half a chroma sample would shift it by half a pixel."""
+    ramp = torch.linspace(-0.5, 0.5, 128).view(1, 1, 1, 1, 128).expand(1, 1, 1, 64, 128)
+    video = torch.cat([ramp, torch.zeros_like(ramp), -ramp], dim=1)
+    with VideoWriter(tmp_path / "ramp.mkv", fps=RATE, size=(64, 128), crf=0) as writer:
+        writer.write(video)
+    with av.open(str(tmp_path / "ramp.mkv")) as file:
+        red = np.frombuffer(next(file.decode(video=0)).planes[2], np.uint8).reshape(32, -1)[16, :64].astype(float)
+    y = 0.2126 * ramp[0, 0, 0, 0] - 0.0722 * ramp[0, 0, 0, 0]
+    exact = 128 + 224 * (ramp[0, 0, 0, 0] - y) / 2 / 1.5748
+    offset = (red - exact[::2].numpy())[8:-8].mean() / float(exact[20] - exact[19])  # in pixels
+    assert abs(offset) < 0.1
+
+
+@pytest.mark.parametrize(("codec", "bits"), [("h264", 8), ("h264", 10), ("ffv1", 8)])
+def test_eight_generations_change_nothing(tmp_path: Path, codec: str, bits: int) -> None:
+    video = read_all(Path(commands.__file__).parents[1] / "demo" / "demo_clip.mp4")[:, :, :3]
+    made: list[torch.Tensor] = []
+    for _ in range(8):
+        crf = None if codec == "ffv1" else 0
+        size = (video.shape[3], video.shape[4])
+        with VideoWriter(tmp_path / "a.mkv", fps=RATE, size=size, codec=codec, bits=bits, crf=crf) as writer:
+            writer.write(made[-1] if made else video)
+        made.append(read_all(tmp_path / "a.mkv"))
+    drift = (made[-1] - made[0]).abs() * 127.5
+    assert float((drift > 1).float().mean()) < 0.01  # where colours are as saturated as RGB holds, 4:2:0 cuts them off
+    assert float(drift.mean()) < 0.15
+    assert float((made[-1] - made[-2]).abs().max()) * 127.5 < 1
+    assert float((made[-1] - video).abs().mean() * 127.5) < 1
+
+
+# --------------------------------------------------------------------------------------------------- 6 losses
+
+
+def test_what_is_lost_is_said(tmp_path: Path) -> None:
+    Image.fromarray(np.full((32, 48, 4), 90, np.uint8), "RGBA").save(tmp_path / "alpha.png")
+    assert losses(probe(tmp_path / "alpha.png")) == ["has an alpha channel: it is left out"]
+    Image.fromarray(np.full((32, 48, 4), 255, np.uint8), "RGBA").save(tmp_path / "opaque.png")
+    assert losses(probe(tmp_path / "opaque.png")) == []
+    fields = {"flags": "+ildct+ilme", "x264-params": "tff=1"}
+    numbered(tmp_path / "fields.mkv", 4, options=fields)
+    assert "is interlaced" in losses(probe(tmp_path / "fields.mkv"))[0]
+    with av.open(str(tmp_path / "two.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        tones = [tone(container, "aac") for _ in range(2)]
+        for index in range(10):
+            frame = av.VideoFrame(64, 48, "yuv420p")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        for write in tones:
+            write(0.4)
+    assert losses(probe(tmp_path / "two.mkv")) == ["has 2 sound tracks: the first is used"]
+
+
+def _hdr(path: Path, transfer: str, levels: tuple[float, ...]) -> Path:
+    """Grey frames of these code values, 0 to 1, tagged as HDR."""
+    params = f"colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"qp": "0", "x264-params": params})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p10le"
+        for level in levels:
+            frame = av.VideoFrame(64, 48, "yuv420p10le")
+            for number, plane in enumerate(frame.planes):
+                code = 512 if number else round(64 + 876 * level)
+                plane.update(np.full(plane.buffer_size // 2, code, np.uint16).tobytes())
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(("transfer", "white"), [("smpte2084", 0.5806), ("arib-std-b67", 0.75)])
+def test_hdr_is_tone_mapped_refused_or_kept(tmp_path: Path, transfer: str, white: float) -> None:
+    path = _hdr(tmp_path / "hdr.mkv", transfer, (0.0, 0.3, white, 1.0))
+    info = probe(path)
+    assert (info.hdr, info.gamut) == (True, "BT.2020")
+    assert "is HDR" in losses(info)[0]
+    mapped = read_all(path)[0].mean((0, 2, 3)).add(1).div(2)
+    assert float(mapped[0]) == pytest.approx(0, abs=0.01)
+    assert 0.8 < float(mapped[2]) < 0.96  # the reference white, with room for what is brighter
+    assert float(mapped[3]) == pytest.approx(1, abs=0.02)
+    assert all(mapped[1:] > mapped[:-1])
+    kept = read_all(path, hdr="keep")[0].mean((0, 2, 3)).add(1).div(2)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_allclose(kept.numpy(), [0.0, 0.3, white, 1.0], atol=0.002)
+    refused = run("encode", path, "-o", tmp_path / "a.latent.safetensors", "--hdr", "refuse")
+    assert refused.exit_code == 2
+    assert "which was to be refused" in refused.stderr
+
+
+def test_the_curve_keeps_hues_and_what_is_dark() -> None:
+    dim = torch.full((3, 4, 4), 0.3) * 2 - 1
+    pq = to_sdr(dim, PQ, 1)
+    light = 10000 * (max(0.3 ** (32 / 2523) - 3424 / 4096, 0) / (2413 / 128 - 2392 / 128 * 0.3 ** (32 / 2523))) ** (
+        16384 / 2610
+    )
+    assert float(pq.mean().add(1).div(2)) == pytest.approx((light / 203) ** (1 / 2.4), abs=1e-4)
+    bright = torch.tensor([0.9, 0.6, 0.6]).view(3, 1, 1).expand(3, 2, 2) * 2 - 1
+    out = to_sdr(bright.contiguous(), HLG, 1).add(1).div(2)
+    assert out[0].mean() > out[1].mean()
+    assert torch.equal(out[1], out[2])
+
+
+# --------------------------------------------------------------------------------------------------- 7 readers
+
+
+@pytest.mark.parametrize("rate", [Fraction(30), Fraction(24000, 1001), Fraction(50)])
+def test_a_raw_stream_has_the_rate_that_is_coded_in_it(tmp_path: Path, rate: Fraction) -> None:
+    path = numbered(tmp_path / "a.h264", 12, rate=rate)
+    timeline = timeline_of(path)
+    assert (len(timeline), timeline.fps) == (12, rate)
+    assert probe(path).fps == rate
+    assert timeline.time(12) == 12 / rate
+
+
+def test_59_94_in_matroska(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "a.mkv", 30, rate=Fraction(60000, 1001))
+    assert timeline_of(path).fps == Fraction(60000, 1001)
+    assert run("encode", path, "-o", tmp_path / "a.latent.safetensors").exit_code == 0
+    assert open_latent(tmp_path / "a.latent.safetensors").meta.fps == Fraction(60000, 1001)
+
+
+def test_a_name_with_a_colon_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    numbered(tmp_path / "plain.mp4", 3)
+    Path("plain.mp4").rename("12:30 meeting.mp4")
+    for name in ("12:30 meeting.mp4", "./12:30 meeting.mp4"):
+        assert probe(name).size == (48, 64)
+    done = run("reconstruct", "./12:30 meeting.mp4", "-o", "concat:out.mp4")
+    assert done.exit_code == 0, done.output
+    assert Path("concat:out.mp4").exists()
+
+
+def test_ycgco_is_read(tmp_path: Path) -> None:
+    colours = [(255, 0, 0), (0, 255, 0), (60, 90, 200)]
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        params = {"qp": "0", "x264-params": "colormatrix=YCgCo:fullrange=on"}
+        stream = container.add_stream("libx264", rate=25, options=params)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
+        for r, g, b in colours:
+            y, cg, co = r / 4 + g / 2 + b / 4, -r / 4 + g / 2 - b / 4 + 128, r / 2 - b / 2 + 128
+            frame = av.VideoFrame(64, 48, "yuv444p")
+            for plane, value in zip(frame.planes, (y, cg, co), strict=True):
+                plane.update(np.full(plane.buffer_size, min(255, round(value)), np.uint8).tobytes())
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    np.testing.assert_allclose(as_bytes(read_all(path)).mean((1, 2)), colours, atol=2)
+
+
+@pytest.mark.parametrize(
+    ("codec", "target", "kept", "said"),
+    [
+        ("libmp3lame", ".mp4", "mp3", ""),
+        ("libmp3lame", ".mov", "mp3", ""),
+        ("libmp3lame", ".m4v", "aac", "the sound (mp3) is re-encoded as aac, for M4V does not hold it"),
+        ("libopus", ".mp4", "opus", ""),
+        ("libopus", ".mov", "aac", "the sound (opus) is re-encoded as aac, for MOV does not hold it"),
+        ("libopus", ".m4v", "aac", "re-encoded"),
+        ("flac", ".mp4", "flac", ""),
+        ("flac", ".mov", "aac", "re-encoded"),
+        ("flac", ".m4v", "aac", "re-encoded"),
+        ("eac3", ".mp4", "eac3", ""),
+        ("eac3", ".m4v", "aac", "re-encoded"),
+        ("pcm_s16le", ".mov", "pcm_s16le", ""),
+        ("pcm_s16le", ".mp4", "aac", "re-encoded"),
+        ("ac3", ".m4v", "ac3", ""),
+    ],
+)
+def test_sound_is_copied_where_the_container_takes_it(
+    tmp_path: Path, codec: str, target: str, kept: str, said: str
+) -> None:
+    source = with_sound(tmp_path / "source.mkv", 50, codec)
+    told = " ".join(copied(source, tmp_path / f"copy{target}"))
+    assert probe(tmp_path / f"copy{target}").audio_codec == kept
+    assert (said in told) if said else ("re-encoded" not in told)
+    first = float(frame_times(source)[0] - frame_times(tmp_path / f"copy{target}")[0])
+    same_sound(source, tmp_path / f"copy{target}", offset=first, length=1.8)
+
+
+def test_channels_are_kept_where_sound_is_encoded_anew(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=48000, layout="5.1")
+        for index in range(10):
+            frame = av.VideoFrame(64, 48, "yuv420p")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        samples = np.zeros((1, 6 * 19200), np.int16)
+        samples[0, 4::6] = 9000
+        frame = av.AudioFrame.from_ndarray(samples, "s16", "5.1")
+        frame.sample_rate, frame.pts = 48000, 0
+        container.mux(sound.encode(frame))
+    copied(tmp_path / "a.mkv", tmp_path / "a.mp4")
+    assert probe(tmp_path / "a.mp4").channels == 6
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.avi", "a.ts", "a.h264", "a.webp"])
+def test_info_looks_at_everything_that_encode_takes(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name in ("a.png", "a.webp", "a.gif"):
+        Image.fromarray(_corner()).save(path)
+    else:
+        numbered(path, 5, codec="mpeg4" if name == "a.avi" else "libx264")
+    said = run("info", path)
+    assert said.exit_code == 0, said.output
+    assert "64x48" in said.stdout
+
+
+# --------------------------------------------------------------------------------------------------- 8 no files
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX has pipes and devices among its files")
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.mp4"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+    for words in (("encode", path), ("reconstruct", path), ("info", path)):
+        refused = run(*words)
+        assert refused.exit_code == 2
+        assert "no regular file" in refused.stderr or "not a regular file" in refused.stderr
+    source = with_sound(tmp_path / "source.mp4", 5)
+    assert run("encode", source, "-o", tmp_path / "b.latent.safetensors").exit_code == 0
+    sound = tmp_path / "b.latent.sound.mka"
+    sound.unlink()
+    path.rename(sound)
+    done = run("decode", tmp_path / "b.latent.safetensors", "-o", tmp_path / "b.mp4")
+    assert done.exit_code == 0
+    assert "The sound is left out" in done.stderr
+    assert "no regular file" in done.stderr
