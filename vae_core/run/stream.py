@@ -38,12 +38,11 @@ def run_chunks(
     bring_back: to the device of the chunk; without, it is left where it was made.
     """
     for chunk in chunks:
-        done = _run_chunk(chunk, work, recover, device=device, dtype=dtype)
+        done = _uncompiled(chunk, work, recover, device=device, dtype=dtype)
         yield done.to(chunk.device) if bring_back else done
         del done
 
 
-@torch.compiler.disable  # a compiler from outside would break on bookkeeping; `VideoVAE.compile` compiles the network
 def _run_chunk(
     chunk: Tensor, work: Pass, recover: Recover | None, *, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -63,3 +62,7 @@ def _run_chunk(
             raise failure
         del failure
         work.switch(plan)
+
+
+# a compiler from outside would break on bookkeeping; `VideoVAE.compile` compiles the network
+_uncompiled: Callable[..., Tensor] = torch.compiler.disable(_run_chunk)
