@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -65,4 +66,4 @@ def _run_chunk(
 
 
 # a compiler from outside would break on bookkeeping; `VideoVAE.compile` compiles the network
-_uncompiled: Callable[..., Tensor] = torch.compiler.disable(_run_chunk)
+_uncompiled = cast("Callable[..., Tensor]", torch.compiler.disable(_run_chunk))
