@@ -46,6 +46,7 @@ def give_name(part: Path, path: Path) -> None:
     try:
         with part.open("rb+") as file:
             os.fsync(file.fileno())  # else a power failure could leave the name without the content
+        _set_mode(part, path)
     except BaseException:
         remove(part)
         raise
@@ -62,6 +63,24 @@ def give_name(part: Path, path: Path) -> None:
                     os.fspath(path),
                 ) from error
             time.sleep(pause)
+
+
+def _set_mode(part: Path, path: Path) -> None:
+    """Give `part` the permissions of the file it replaces, else those that any new file here has.
+
+    Some libraries write files that nobody else may read, whatever the user's umask.
+    """
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # a file system without permissions, or a full one
+        if path.exists():
+            mode = path.stat().st_mode
+        else:
+            probe = part.with_name(f".{os.getpid()}.{time.monotonic_ns()}.part")
+            os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            mode = probe.stat().st_mode
+            probe.unlink()
+        part.chmod(mode & 0o777)
 
 
 def remove(part: Path) -> None:

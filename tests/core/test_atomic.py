@@ -41,6 +41,25 @@ def test_a_failed_block_leaves_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_file_has_the_permissions_that_any_new_file_has(tmp_path: Path) -> None:
+    """Some libraries write files that nobody else may read."""
+    before = os.umask(0o027)
+    try:
+        for name in ("new.txt", "old.txt"):
+            path = tmp_path / name
+            if name == "old.txt":
+                path.touch(0o600)
+            with atomic_write(path) as part:
+                part.write_text("whole")
+                part.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new.txt").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "old.txt").stat().st_mode & 0o777 == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["new.txt", "old.txt"]
+
+
 def test_content_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     fsync, replace = os.fsync, os.replace

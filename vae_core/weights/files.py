@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
-import tarfile
+import logging
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .folders import SUFFIXES, read_config, weight_files
 from .headers import NAME_LIMIT, UnreadableError, brief, file_size, open_safetensors, read_header, sniff
+from .pickles import read_legacy, read_zip
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-FOLDER_NAMES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.bin",
-    "diffusion_pytorch_model.fp16.bin",
-    "diffusion_pytorch_model.ckpt",
-)
 # Under these names a training checkpoint keeps its weights; the first one found is taken.
 CONTAINERS = (
     "state_dict", "model_state_dict", "model", "module", "vae", "autoencoder", "first_stage_model", "generator",
@@ -46,6 +37,8 @@ _TELL_TALES = (
 )
 _DEPTH = 5
 
+_log = logging.getLogger("cviv-vae")
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
@@ -53,8 +46,8 @@ class WeightFile:
 
     tensors: by their names in the file, on the CPU, in the file's dtypes. They are mapped from the file: pages are read
     when they are first used, and may be dropped again under pressure. Writing to them changes neither file nor disk.
-    metadata: of a safetensors file, else empty. config: config.json of a Hugging Face folder, else None.
-    path: the file the tensors came from.
+    metadata: of a safetensors file, else empty. config: config.json of a Hugging Face folder or of shards, else None.
+    path: the file the tensors came from, the first of several shards.
     """
 
     tensors: dict[str, Tensor]
@@ -66,6 +59,8 @@ class WeightFile:
 def read_weights(source: str | Path) -> WeightFile:
     """Read a .safetensors, .pth, .pt, .ckpt or .bin file, or a Hugging Face folder, into a flat dict of tensors.
 
+    Weights in shards are read as one, whether their folder, their index (.index.json) or one of them is given.
+
     The kind is decided by the content. safetensors files and those of `torch.save` are mapped into memory privately
     (copy on write) and each tensor is a view of that mapping, so a 365 MB file takes no RAM until its values are used
     and never a second copy; only the legacy format of PyTorch before 1.6 is read whole. Weights nested in a training
@@ -74,27 +69,47 @@ def read_weights(source: str | Path) -> WeightFile:
     Raises CheckpointError, which says what the file seems to be and what to do, for anything that is not weights, is
     damaged, or would need pickled code to be run.
     """
-    path = Path(source)
-    config: dict[str, Any] | None = None
+    given = Path(source)
     try:
-        if path.is_dir():
-            config = _read_config(path / "config.json")
-            path = _weights_in(path)
+        paths = weight_files(given)
+        first = paths[0]
+        config = read_config(first.parent) if given.is_dir() or len(paths) > 1 else None
+    except UnreadableError as error:
+        raise CheckpointError(f"{given}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{given}: cannot be read: {error}.") from error
+    if len(paths) > 1 and given.suffix in SUFFIXES:
+        _log.info("%s is one of %d shards of weights: all of them are read.", given.name, len(paths))
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        found, texts = _read_one(path)
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise CheckpointError(
+                f"{path}: holds {twice[0][:80]!r}, as another shard of these weights does: they do not belong together."
+            )
+        tensors |= found
+        metadata |= texts
+    if not tensors:
+        raise CheckpointError(f"{first}: holds no tensors. Give a file of VAE weights.")
+    return WeightFile(tensors=tensors, metadata=metadata, config=config, path=first)
+
+
+def _read_one(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one file."""
+    try:
         kind = sniff(path)
-        if path.suffix.lower() == ".safetensors" and kind != "safetensors":
-            found = "a zip archive or a PyTorch file" if kind == "zip" else "a PyTorch (pickle) file"
-            raise UnreadableError(f"is not a safetensors file but {found}: if it holds weights, rename it to .pth.")
         if kind == "safetensors":
-            tensors, metadata = _read_safetensors(path)
-        else:
-            tensors, metadata = _read_torch(path, kind), {}
+            return _read_safetensors(path)
+        tensors = _read_torch(path, kind)
+        if path.suffix.lower() == ".safetensors":
+            raise UnreadableError("is not a safetensors file but one of PyTorch under a wrong name: rename it to .pth.")
+        return tensors, {}
     except UnreadableError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}.") from error
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors. Give a file of VAE weights.")
-    return WeightFile(tensors=tensors, metadata=metadata, config=config, path=path)
 
 
 def strip_foreign(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,42 +149,6 @@ def _is_foreign(name: str) -> bool:
     return first in FOREIGN or first.startswith("discriminator_")
 
 
-def _weights_in(folder: Path) -> Path:
-    """The weight file of a Hugging Face folder: by its usual names, else the only file with a suffix of weights."""
-    for name in FOLDER_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    for suffix in SUFFIXES:
-        found = sorted(p for p in folder.glob(f"*{suffix}") if p.is_file())
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(p.name for p in found[:5])
-            raise UnreadableError(f"this folder holds several weight files ({names}): give one of them.")
-    nested = sorted(
-        p.name for p in folder.iterdir() if p.is_dir() and any(q.suffix.lower() in SUFFIXES for q in p.iterdir())
-    )
-    hint = f" Its sub-folders {', '.join(nested[:8])} have some: give one of them." if nested else ""
-    raise UnreadableError(
-        f"this folder holds no weights; looked for {', '.join(FOLDER_NAMES)} and any other *{', *'.join(SUFFIXES)}."
-        f"{hint}"
-    )
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    if file_size(path) > 1 << 20:
-        raise UnreadableError("its config.json is larger than 1 MB, so it is not the config of a VAE.")
-    try:
-        config: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UnreadableError("its config.json is damaged: get it again, or give the weight file itself.") from error
-    if not isinstance(config, dict):
-        raise UnreadableError("its config.json is not a JSON object: get it again, or give the weight file itself.")
-    return dict(config)  # pyright: ignore[reportUnknownArgumentType]
-
-
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     header = read_header(path)
     try:
@@ -180,23 +159,19 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_torch(path: Path, kind: str) -> dict[str, Tensor]:
-    size = file_size(path)
-    if kind == "zip":
-        _check_zip(path, size)
-    else:
-        _refuse_tar(path)
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
-    except Exception as error:  # damage shows in torch as nearly every exception there is
-        raise UnreadableError(_why_not(error)) from error
+    loaded = read_zip(path, _zip_records(path)) if kind == "zip" else read_legacy(path)
     tensors = _unwrap(loaded)
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor, size)
+        if len(name) > NAME_LIMIT:
+            raise UnreadableError(f"is damaged: it has a tensor name of {len(name):,} characters. Get it again.")
+        if tensor.is_complex():
+            raise UnreadableError(f"holds {name[:80]!r}, which is not a tensor of plain numbers. Give float weights.")
     return tensors
 
 
-def _check_zip(path: Path, size: int) -> None:
-    """Refuse an archive that torch.save did not write, or whose records do not lie in the file as they should."""
+def _zip_records(path: Path) -> list[zipfile.ZipInfo]:
+    """The contents of an archive that torch.save wrote, whose records lie in the file as they should."""
+    size = file_size(path)
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -222,28 +197,7 @@ def _check_zip(path: Path, size: int) -> None:
     )
     if not whole or len(set(names)) != len(names) or sum(record.file_size for record in records) > size:
         raise UnreadableError("is a damaged PyTorch file (its records do not fit the file). Get it again.")
-
-
-def _refuse_tar(path: Path) -> None:
-    """A tar file can be made to start like a pickle, and older versions of torch would unpickle what is in it."""
-    try:
-        with tarfile.open(path, "r:"):
-            pass
-    except Exception:  # tarfile: TarError, and others where bytes are wrong; either way not a tar file
-        return
-    raise UnreadableError("is a tar archive: convert it to .safetensors in a trusted environment.")
-
-
-def _why_not(error: Exception) -> str:
-    text = str(error)
-    if "nsupported global" in text or "nsupported class" in text or "GLOBAL " in text or "torch.jit" in text:
-        name = re.search(r"GLOBAL (\S+)", text)
-        needs = f" ({name[1][:80].rstrip(',.')})" if name else ""
-        return (
-            f"holds pickled code{needs} and is refused, because loading it could run anything: convert it to "
-            ".safetensors in an environment that you trust with it."
-        )
-    return f"is a truncated or damaged PyTorch file ({brief(error)}). Get it again."
+    return records
 
 
 def _unwrap(loaded: object, depth: int = _DEPTH) -> dict[str, Tensor]:
@@ -261,18 +215,3 @@ def _unwrap(loaded: object, depth: int = _DEPTH) -> dict[str, Tensor]:
     return {
         name: tensor.detach() for name, tensor in items.items() if isinstance(name, str) and isinstance(tensor, Tensor)
     }
-
-
-def _check_tensor(name: str, tensor: Tensor, size: int) -> None:
-    """A pickle may describe a tensor that its stored bytes do not back: a huge one, a sparse one, one without any."""
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if len(name) > NAME_LIMIT:
-        raise UnreadableError(f"is damaged: it has a tensor name of {len(name):,} characters. Get it again.")
-    if not plain or tensor.is_nested or tensor.is_complex():
-        raise UnreadableError(f"holds {name[:80]!r}, which is not a plain tensor of numbers. Give float weights.")
-    stored = tensor.untyped_storage().nbytes()
-    needed = tensor.numel() * tensor.element_size()
-    if stored > size or needed > stored - tensor.storage_offset() * tensor.element_size():
-        raise UnreadableError(
-            f"is damaged: {name[:80]!r} has shape {tuple(tensor.shape)}, more than the file holds. Get it again."
-        )

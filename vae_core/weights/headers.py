@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import stat
 from contextlib import AbstractContextManager
@@ -17,6 +18,8 @@ from torch import Tensor
 
 HEADER_LIMIT = 16 << 20  # bytes; our largest checkpoint needs 45 kB, a workflow saved in the metadata a few MB
 NAME_LIMIT = 1000  # characters of a tensor name
+_MOST_QUOTES = 400_000  # of a header: 40,000 tensors, ten times as many as the largest full checkpoint has
+_MOST_SIGNS = 4 << 20  # bytes of a header outside of its texts
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -42,6 +45,7 @@ _SIGNATURES: tuple[tuple[bytes, int, str], ...] = (
     (b"Rar!", 0, "a RAR archive: unpack it first"),
     (b"ustar", 257, "a tar archive: unpack it first"),
 )
+_OLD_PICKLES = (b"(dp", b"(lp", b"ccollections\n", b"ccopy_reg\n")  # of protocol 0, which is text
 
 
 class UnreadableError(Exception):
@@ -77,6 +81,10 @@ def file_size(path: Path) -> int:
     try:
         status = path.stat()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise UnreadableError(
+                f"is a link to {os.readlink(path)}, which is not there: get that file again, or mend the link."
+            ) from None
         raise UnreadableError(_missing(path)) from None
     except (OSError, ValueError) as error:
         raise UnreadableError(f"cannot be opened: {error}.") from error
@@ -108,7 +116,7 @@ def sniff(path: Path) -> str:
             raise UnreadableError(f"is {what}.")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return "zip"
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    if (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")) or head.startswith(_OLD_PICKLES):
         return "pickle"
     if head[8:9] == b"{" and not _is_text(head):
         raise UnreadableError(_bad_length(length, size))
@@ -129,6 +137,7 @@ def read_header(path: Path) -> Header:
             raw = file.read(length)
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error}.") from error
+    _check_effort(raw)
     try:
         parsed: Any = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
         entries, metadata = _split(parsed)
@@ -144,6 +153,17 @@ def read_header(path: Path) -> Header:
     if promised < size:
         raise UnreadableError(f"is damaged: its header says {promised:,} bytes, the file has {size:,}. Get it again.")
     return Header(shapes=shapes, dtypes=dtypes, metadata=metadata, data_start=8 + length)
+
+
+def _check_effort(raw: bytes) -> None:
+    """Raise UnreadableError for a header that would take long to parse, before it is parsed; long texts do not."""
+    bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    quotes = bare.count(b'"')
+    if quotes > _MOST_QUOTES or sum(map(len, bare.split(b'"')[::2])) > _MOST_SIGNS:
+        raise UnreadableError(
+            f"is no file of VAE weights or of a latent: its header of {len(raw):,} bytes lists more than "
+            "40,000 things. Give another file."
+        )
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -227,7 +247,7 @@ def _guess(head: bytes, size: int) -> str:
             "itself."
         )
     if text.startswith((b"{", b"[")):
-        return "is JSON text, such as a config.json or an index: give the weights themselves, or their folder."
+        return "is JSON text, such as a config.json: give the weights themselves, their folder, or their .index.json."
     if _is_text(head):
         return "is a text file."
     if size < 9:
