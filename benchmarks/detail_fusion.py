@@ -68,8 +68,8 @@ def _read(name: str, frames: int) -> Tensor:
     """(1, 3, t, h, w) in [-1, 1], shrunk by area, in steps of 8 bits."""
     path, _, first = name.partition("@")
     size = SIZES[Path(path) == BUNDLED]
-    pieces = [F.interpolate(piece[0].transpose(0, 1), size, mode="area") for piece in _pieces(path, first, frames)]
-    return torch.cat(pieces).transpose(0, 1)[None].add(1).mul(127.5).round().div(127.5).sub(1)
+    chunks = [F.interpolate(chunk[0].transpose(0, 1), size, mode="area") for chunk in _pieces(path, first, frames)]
+    return torch.cat(chunks).transpose(0, 1)[None].add(1).mul(127.5).round().div(127.5).sub(1)
 
 
 def _pieces(path: str, first: str, frames: int) -> Iterator[Tensor]:
@@ -99,7 +99,7 @@ def _results(video: Tensor, keyframes: Tensor, settings: DetailSettings) -> Iter
     replaced = video.clone()
     replaced[:, :, ::TIME] = keyframes
     yield "keyframes put in", replaced
-    yield "keyframe detail", torch.cat([piece.frames for piece in fuse_detail([video], [keyframes], settings)], 2)
+    yield "keyframe detail", torch.cat([chunk.frames for chunk in fuse_detail([video], [keyframes], settings)], 2)
 
 
 def _row(frames: Tensor, source: Tensor) -> str:

@@ -388,4 +388,4 @@ def _explained(stream: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]
             if dtype == torch.float16
             else "The input holds NaN or infinity already: look at the node before, or lower its strength."
         )
-        raise ValueError(f"Chunk {error.piece} of the result holds NaN or infinity. {remedy}") from error
+        raise ValueError(f"Chunk {error.chunk} of the result holds NaN or infinity. {remedy}") from error

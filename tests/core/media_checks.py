@@ -28,13 +28,13 @@ def beep(path: Path) -> float:
     start = shown(path)[0][0]
     with av.open(str(path)) as file:
         rate, loud = 0, 0.0
-        pieces: list[tuple[float, np.ndarray]] = []
+        chunks: list[tuple[float, np.ndarray]] = []
         for frame in file.decode(audio=0):
             rate = frame.sample_rate
             values = np.abs(frame.to_ndarray().astype(np.float64)).max(axis=0)
-            pieces.append((frame.time or 0.0, values))
+            chunks.append((frame.time or 0.0, values))
             loud = max(loud, float(values.max()))
-    for time, values in pieces:
+    for time, values in chunks:
         over = np.nonzero(values > 0.3 * loud)[0]
         if len(over):
             return time + over[0] / rate - start

@@ -111,12 +111,12 @@ def test_frames_stop_the_decoder_early(family: str, small_vae: Make) -> None:
     latent = vae.encode(torch.rand(1, 3, 33, 8, 8))
     asked: list[int] = []
 
-    def pieces() -> Any:
+    def chunks() -> Any:
         for i in range(latent.shape[2]):
             asked.append(i)
             yield latent[:, :, i : i + 1]
 
-    out = torch.cat(list(vae.decode_stream(pieces(), frames=5)), dim=2)
+    out = torch.cat(list(vae.decode_stream(chunks(), frames=5)), dim=2)
     assert torch.equal(out, vae.decode(latent)[:, :, :5])
     assert len(asked) <= 5
 

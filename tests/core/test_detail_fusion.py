@@ -32,7 +32,7 @@ def soft(video: Tensor) -> Tensor:
 
 
 def fused(video: Tensor, keyframes: Tensor, settings: DetailSettings = FULL) -> Tensor:
-    return torch.cat([piece.frames for piece in fuse_detail([video], [keyframes], settings)], 2)
+    return torch.cat([chunk.frames for chunk in fuse_detail([video], [keyframes], settings)], 2)
 
 
 def error(video: Tensor, truth: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ def test_blur_keeps_a_flat_picture_and_the_mean_of_another() -> None:
 def test_strength_0_is_the_video_bit_for_bit() -> None:
     video = textured(9)
     none = DetailSettings(strength=0, radius=3.0, confidence=0.5)
-    pieces = list(fuse_detail(video.split(4, 2), [torch.zeros(1, 3, 3, *SIDES)], none))
-    assert torch.equal(torch.cat([piece.frames for piece in pieces], 2), video)
-    assert sum((piece.carried for piece in pieces), ()) == (0.0,) * 9
+    chunks = list(fuse_detail(video.split(4, 2), [torch.zeros(1, 3, 3, *SIDES)], none))
+    assert torch.equal(torch.cat([chunk.frames for chunk in chunks], 2), video)
+    assert sum((chunk.carried for chunk in chunks), ()) == (0.0,) * 9
 
 
 def test_detail_follows_the_motion() -> None:
@@ -82,25 +82,25 @@ def test_a_keyframe_takes_the_place_of_its_frames_detail_alone() -> None:
 def test_the_frame_that_a_keyframe_shows_is_found(shown: int) -> None:
     cv2_or_skip()
     truth = textured(9)
-    pieces = list(fuse_detail([soft(truth)], [truth[:, :, [0, shown, 4 + shown]]], FULL))
-    assert [piece.frames.shape[2] for piece in pieces] == [1, shown, 4] + [4 - shown] * (shown < 4)
-    assert [piece.likeness is None for piece in pieces] == [False] * 3 + [True] * (shown < 4)
-    result = torch.cat([piece.frames for piece in pieces], 2)
+    chunks = list(fuse_detail([soft(truth)], [truth[:, :, [0, shown, 4 + shown]]], FULL))
+    assert [chunk.frames.shape[2] for chunk in chunks] == [1, shown, 4] + [4 - shown] * (shown < 4)
+    assert [chunk.likeness is None for chunk in chunks] == [False] * 3 + [True] * (shown < 4)
+    result = torch.cat([chunk.frames for chunk in chunks], 2)
     assert (error(result, truth) < 0.6 * error(soft(truth), truth)).all()
 
 
 def test_where_nothing_moves_the_last_of_the_four_is_taken() -> None:
     cv2_or_skip()
     still = textured(1).expand(-1, -1, 9, -1, -1)
-    assert [piece.frames.shape[2] for piece in fuse_detail([still], [still[:, :, :3]], FULL)] == [1, 4, 4]
+    assert [chunk.frames.shape[2] for chunk in fuse_detail([still], [still[:, :, :3]], FULL)] == [1, 4, 4]
 
 
 def test_detail_does_not_cross_a_cut() -> None:
     cv2_or_skip()
     truth = torch.cat([textured(3), textured(6, seed=5)], 2)  # a new picture from frame 3 on
     keyframes = truth[:, :, ::4]
-    pieces = list(fuse_detail([soft(truth)], [keyframes], FULL))
-    result = torch.cat([piece.frames for piece in pieces], 2)
+    chunks = list(fuse_detail([soft(truth)], [keyframes], FULL))
+    result = torch.cat([chunk.frames for chunk in chunks], 2)
     assert (error(result, truth) < error(soft(truth), truth)).all()
     trusting = fused(soft(truth), keyframes, DetailSettings(strength=1.0, radius=3.0, confidence=0.0))
     assert error(result, truth)[1:4].sum() < error(trusting, truth)[1:4].sum()
@@ -113,7 +113,7 @@ def test_confidence_lets_less_through() -> None:
 
     def carried(confidence: float) -> tuple[float, ...]:
         settings = DetailSettings(strength=1.0, radius=3.0, confidence=confidence)
-        return sum((piece.carried for piece in fuse_detail([video], [video[:, :, ::4]], settings)), ())
+        return sum((chunk.carried for chunk in fuse_detail([video], [video[:, :, ::4]], settings)), ())
 
     low, middle, high = carried(0.0), carried(0.5), carried(0.9)
     assert low == pytest.approx((1.0,) * 5)
@@ -136,13 +136,13 @@ def test_pieces_of_any_length_give_the_same_and_little_is_held() -> None:
             read += 1
             yield frame
 
-    pieces: list[Fused] = []
+    chunks: list[Fused] = []
     done = 0
-    for piece in fuse_detail(one_by_one(), keyframes.split(2, 2), FULL):
-        done += piece.frames.shape[2]
+    for chunk in fuse_detail(one_by_one(), keyframes.split(2, 2), FULL):
+        done += chunk.frames.shape[2]
         assert read - done <= 4
-        pieces.append(piece)
-    assert torch.equal(torch.cat([piece.frames for piece in pieces], 2), whole)
+        chunks.append(chunk)
+    assert torch.equal(torch.cat([chunk.frames for chunk in chunks], 2), whole)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4, 5, 7, 8])

@@ -280,8 +280,8 @@ def test_the_baseline_is_a_picture_of_an_eighth(here: Path) -> None:
 
 def test_a_vae_that_loses_frames_is_refused() -> None:
     def lose(stream: Iterator[Tensor]) -> Iterator[Tensor]:
-        for piece in stream:
-            yield piece[:, :, 1:]
+        for chunk in stream:
+            yield chunk[:, :, 1:]
 
     with pytest.raises(ValueError, match="1 of 5 frames did not come back"):
         measure([moving_picture(5, 32, 32)], lose, ClipMeters())
@@ -294,8 +294,8 @@ def test_fvd_is_of_windows_of_sixteen_frames(here: Path) -> None:
 
     class Brighter(Shrink):
         def reconstruct(self, frames: Iterator[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
-            for piece in frames:
-                yield (piece * 0.5 + 0.25) if self.on else piece * 0.5
+            for chunk in frames:
+                yield (chunk * 0.5 + 0.25) if self.on else chunk * 0.5
 
         on = True
 

@@ -192,7 +192,7 @@ def test_mutated_latent_files_are_read_or_refused(data: st.DataObject, tmp_path:
     path.write_bytes(data.draw(mutations(_latent_bytes(tmp_path))))
     try:
         file = open_latent(path)
-        assert torch.cat(list(file.pieces(2)), dim=2).shape == file.read().shape == file.shape
+        assert torch.cat(list(file.chunks(2)), dim=2).shape == file.read().shape == file.shape
     except LatentFileError as error:
         assert str(path) in str(error)  # noqa: PT017
 

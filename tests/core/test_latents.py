@@ -1,4 +1,4 @@
-"""The latent file: what goes in comes out, in pieces too; nothing half-written is left; disagreement is refused."""
+"""The latent file: what goes in comes out, in chunks too; nothing half-written is left; disagreement is refused."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_pieces_add_up_to_the_same_file(cuts: list[int], tmp_path: Path) -> None
     with LatentWriter(
         path, family="cv-vae", fps=META.fps, height=META.height, width=META.width, audio=META.audio, start=META.start
     ) as writer:
-        for piece in latent.split(cuts, dim=2):
-            writer.write(piece)
+        for chunk in latent.split(cuts, dim=2):
+            writer.write(chunk)
         assert writer.finish(frames=17) == META
     assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
@@ -94,12 +94,12 @@ def test_pieces_add_up_to_the_same_file(cuts: list[int], tmp_path: Path) -> None
 def test_pieces_are_read_in_order_and_own_their_memory(size: int, tmp_path: Path) -> None:
     latent = _latent()
     save_latent(tmp_path / "a.safetensors", latent, META)
-    pieces = list(open_latent(tmp_path / "a.safetensors").pieces(size))
-    assert [p.shape[2] for p in pieces] == [min(size, 5 - i) for i in range(0, 5, size)]
-    assert torch.equal(torch.cat(pieces, dim=2), latent)
-    assert all(p.untyped_storage().nbytes() == p.numel() * 4 for p in pieces)
+    chunks = list(open_latent(tmp_path / "a.safetensors").chunks(size))
+    assert [p.shape[2] for p in chunks] == [min(size, 5 - i) for i in range(0, 5, size)]
+    assert torch.equal(torch.cat(chunks, dim=2), latent)
+    assert all(p.untyped_storage().nbytes() == p.numel() * 4 for p in chunks)
     (tmp_path / "a.safetensors").unlink()
-    assert torch.equal(torch.cat(pieces, dim=2), latent)
+    assert torch.equal(torch.cat(chunks, dim=2), latent)
 
 
 def test_every_piece_goes_to_disk_at_once(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_every_piece_goes_to_disk_at_once(tmp_path: Path) -> None:
             assert part.name != "a.safetensors"
             assert part.stat().st_size >= i << 20
         writer.finish(frames=125)
-    values = [piece.unique().item() for piece in open_latent(tmp_path / "a.safetensors").pieces(4)]
+    values = [chunk.unique().item() for chunk in open_latent(tmp_path / "a.safetensors").chunks(4)]
     assert values == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -200,7 +200,7 @@ def test_a_file_is_not_written_without_finish(tmp_path: Path) -> None:
     with pytest.raises(LatentFileError, match="was not written"), LatentWriter(tmp_path / "a.safetensors", **SETTINGS):
         pass
     with (
-        pytest.raises(LatentFileError, match="no latent to save: write at least one piece"),
+        pytest.raises(LatentFileError, match="no latent to save: write at least one chunk"),
         LatentWriter(tmp_path / "a.safetensors", **SETTINGS) as writer,
     ):
         writer.finish(frames=1)
@@ -217,7 +217,7 @@ def test_nothing_is_written_after_finish(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("piece", "said"),
+    ("chunk", "said"),
     [
         (
             torch.zeros(2, 4, 1, 4, 5),
@@ -228,10 +228,10 @@ def test_nothing_is_written_after_finish(tmp_path: Path) -> None:
         (torch.zeros(2, 4, 4, 6), "the first one asks for"),
     ],
 )
-def test_pieces_that_do_not_belong_together_are_refused(piece: Tensor, said: str, tmp_path: Path) -> None:
+def test_pieces_that_do_not_belong_together_are_refused(chunk: Tensor, said: str, tmp_path: Path) -> None:
     with pytest.raises(LatentFileError, match=said), LatentWriter(tmp_path / "a.safetensors", **SETTINGS) as writer:  # noqa: PT012
         writer.write(_latent())
-        writer.write(piece)
+        writer.write(chunk)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -384,14 +384,14 @@ def test_a_truncated_file_gives_both_sizes(kept: float, tmp_path: Path) -> None:
 def test_a_file_that_goes_away_while_it_is_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_latent(path, _latent(), META)
-    pieces = open_latent(path).pieces(1)
-    next(pieces)
+    chunks = open_latent(path).chunks(1)
+    next(chunks)
     path.unlink()
     with pytest.raises(LatentFileError, match="can no longer be read"):
-        next(pieces)
+        next(chunks)
 
 
 def test_pieces_of_no_frames_are_refused(tmp_path: Path) -> None:
     save_latent(tmp_path / "a.safetensors", _latent(), META)
-    with pytest.raises(LatentFileError, match="The size of a piece is 0"):
-        next(open_latent(tmp_path / "a.safetensors").pieces(0))
+    with pytest.raises(LatentFileError, match="The size of a chunk is 0"):
+        next(open_latent(tmp_path / "a.safetensors").chunks(0))

@@ -284,9 +284,9 @@ def test_phases_count_from_the_frame_behind_the_first() -> None:
 # ------------------------------------------------------------------------------------------ seams
 
 
-def seams(ours: Tensor, original: Tensor, borders: Borders, piece: int = 3) -> SeamMeter:
+def seams(ours: Tensor, original: Tensor, borders: Borders, chunk: int = 3) -> SeamMeter:
     meter = SeamMeter(borders)
-    for a, b in zip(ours.split(piece, 2), original.split(piece, 2), strict=True):
+    for a, b in zip(ours.split(chunk, 2), original.split(chunk, 2), strict=True):
         meter.update(a, b)
     return meter
 
@@ -345,7 +345,7 @@ def test_a_chunk_border_reads_as_its_height() -> None:
 def test_pieces_do_not_matter_to_the_seam_meter() -> None:
     original, borders = textured(9, 64, 80), Borders(rows=((32, 40),), columns=((40, 40),), frames=(5,))
     ours = (original + 0.2 * noise(*original.shape)).clamp(-1, 1)
-    readings = [seams(ours, original, borders, piece).reading for piece in (1, 4, 9)]
+    readings = [seams(ours, original, borders, chunk).reading for chunk in (1, 4, 9)]
     for a, b in itertools.pairwise(readings):
         assert (a.line, a.step, a.time) == pytest.approx((b.line, b.step, b.time), rel=1e-6)
         torch.testing.assert_close(a.heat, b.heat)

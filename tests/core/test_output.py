@@ -23,9 +23,9 @@ CPU = torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16], ids=["uint8", "fp32", "fp16"])
 
 
-def expected(piece: Tensor, dtype: torch.dtype) -> Tensor:
+def expected(chunk: Tensor, dtype: torch.dtype) -> Tensor:
     """As plainly as it can be said: images in 0..1, and from these the frames of a file."""
-    images = ((piece.float().movedim(1, -1) + 1) / 2).clamp(0, 1)
+    images = ((chunk.float().movedim(1, -1) + 1) / 2).clamp(0, 1)
     if dtype != torch.uint8:
         return images.to(dtype)
     return ((images * 2 - 1 + 1) * 127.5).round().to(torch.uint8)
@@ -70,20 +70,20 @@ class TwoPlaces:
 @DTYPES
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=["planes", "channels_last"])
 def test_pixels_are_those_of_the_plain_formula(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    piece = clip(3).to(memory_format=layout)
-    made = make_frames(piece, dtype)
+    chunk = clip(3).to(memory_format=layout)
+    made = make_frames(chunk, dtype)
     assert made.pixels.shape == (2, 3, 5, 4, 3)
     assert made.pixels.is_contiguous()
     assert made.finite is None
-    assert torch.equal(made.pixels, expected(piece, dtype))
+    assert torch.equal(made.pixels, expected(chunk, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_8_bits_are_rounded_the_same_from_every_value(dtype: torch.dtype) -> None:
     """Straight from [-1, 1], and by way of images in 0..1, as files were written before; halves included."""
     values = torch.cat((torch.linspace(-1.01, 1.01, 300_001), torch.arange(-3, 514) / 255 - 1)).to(dtype)
-    piece = torch.cat((values, torch.tensor([-torch.inf, torch.inf], dtype=dtype))).expand(1, 3, 1, 1, -1)
-    assert torch.equal(make_frames(piece, torch.uint8).pixels, expected(piece, torch.uint8))
+    chunk = torch.cat((values, torch.tensor([-torch.inf, torch.inf], dtype=dtype))).expand(1, 3, 1, 1, -1)
+    assert torch.equal(make_frames(chunk, torch.uint8).pixels, expected(chunk, torch.uint8))
 
 
 def test_decoded_frames_are_those_of_the_stream(family: str, small_vae: Make) -> None:
@@ -91,12 +91,12 @@ def test_decoded_frames_are_those_of_the_stream(family: str, small_vae: Make) ->
     latent = torch.randn(2, vae.info.latent_channels, 6, 1, 2, generator=torch.Generator().manual_seed(0))
     total = vae.info.compression.pixel_frames(6) - 1
     choice: dict[str, Any] = {"frames": total, "size": (7, 15)}
-    pieces = list(vae.decode_stream(latent, **choice))
+    chunks = list(vae.decode_stream(latent, **choice))
     for dtype in (torch.uint8, torch.float32):
         got = list(vae.decode_frames(latent, dtype=dtype, **choice))
-        assert [piece.shape[1] for piece in got] == [piece.shape[2] for piece in pieces]
-        for piece, frames in zip(pieces, got, strict=True):
-            assert torch.equal(frames, expected(piece, dtype))
+        assert [chunk.shape[1] for chunk in got] == [chunk.shape[2] for chunk in chunks]
+        for chunk, frames in zip(chunks, got, strict=True):
+            assert torch.equal(frames, expected(chunk, dtype))
     again = collect(vae.decode_frames(latent, lent=True, **choice), total, dim=1)
     assert torch.equal(again, torch.cat(got, dim=1))
 
@@ -123,14 +123,14 @@ def test_what_is_wrong_with_a_latent_is_said_here_too(small_vae: Make) -> None:
 @DTYPES
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_piece_that_is_not_finite_is_told_and_those_before_come_out(dtype: torch.dtype, value: float) -> None:
-    pieces = [clip(2, seed=n) for n in range(4)]
-    pieces[2][1, 2, 1, 4, 3] = value
+    chunks = [clip(2, seed=n) for n in range(4)]
+    chunks[2][1, 2, 1, 4, 3] = value
     got: list[Tensor] = []
-    with pytest.raises(NotFiniteError, match=r"Piece 2 of the result holds NaN or infinity\. In float16, load") as told:
-        got.extend(host_frames(iter(pieces), CPU, dtype, check=True))
-    assert told.value.piece == 2
-    assert torch.equal(torch.cat(got, dim=1), expected(torch.cat(pieces[:2], dim=2), dtype))
-    assert len(list(host_frames(iter(pieces), CPU, dtype))) == 4
+    with pytest.raises(NotFiniteError, match=r"Chunk 2 of the result holds NaN or infinity\. In float16, load") as told:
+        got.extend(host_frames(iter(chunks), CPU, dtype, check=True))
+    assert told.value.chunk == 2
+    assert torch.equal(torch.cat(got, dim=1), expected(torch.cat(chunks[:2], dim=2), dtype))
+    assert len(list(host_frames(iter(chunks), CPU, dtype))) == 4
 
 
 # ---------------------------------------------------------------------------------------------------- order
@@ -139,13 +139,13 @@ def test_a_piece_that_is_not_finite_is_told_and_those_before_come_out(dtype: tor
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 def test_two_places_in_turn_bring_everything_in_order(late: bool, count: int) -> None:
-    """Lengths change from piece to piece; what is lent is right as long as the next was not asked for."""
-    pieces = [clip(1 + n % 3, seed=n) for n in range(count)]
-    made = (make_frames(piece, torch.uint8) for piece in pieces)
+    """Lengths change from chunk to chunk; what is lent is right as long as the next was not asked for."""
+    chunks = [clip(1 + n % 3, seed=n) for n in range(count)]
+    made = (make_frames(chunk, torch.uint8) for chunk in chunks)
     got = [frames.pixels.clone() for frames in in_turn(made, TwoPlaces(late=late))]
     assert len(got) == count
-    for frames, piece in zip(got, pieces, strict=True):
-        assert torch.equal(frames, expected(piece, torch.uint8))
+    for frames, chunk in zip(got, chunks, strict=True):
+        assert torch.equal(frames, expected(chunk, torch.uint8))
 
 
 def test_a_piece_comes_when_the_next_is_on_its_way() -> None:
@@ -165,19 +165,19 @@ def test_a_piece_comes_when_the_next_is_on_its_way() -> None:
 
 @pytest.mark.parametrize("fail_at", [0, 1, 4])
 def test_what_is_under_way_comes_out_before_an_error(fail_at: int) -> None:
-    pieces = [clip(2, seed=n) for n in range(fail_at)]
+    chunks = [clip(2, seed=n) for n in range(fail_at)]
 
     def made() -> Iterator[Frames]:
-        for piece in pieces:
-            yield make_frames(piece, torch.uint8)
+        for chunk in chunks:
+            yield make_frames(chunk, torch.uint8)
         raise torch.cuda.OutOfMemoryError("injected")
 
     got: list[Tensor] = []
     with pytest.raises(torch.cuda.OutOfMemoryError, match="injected"):
         got.extend(frames.pixels.clone() for frames in in_turn(made(), TwoPlaces(late=False)))
     assert len(got) == fail_at
-    for frames, piece in zip(got, pieces, strict=True):
-        assert torch.equal(frames, expected(piece, torch.uint8))
+    for frames, chunk in zip(got, chunks, strict=True):
+        assert torch.equal(frames, expected(chunk, torch.uint8))
 
 
 # ---------------------------------------------------------------------------------------------------- what is held
@@ -185,19 +185,19 @@ def test_what_is_under_way_comes_out_before_an_error(fail_at: int) -> None:
 
 @pytest.mark.parametrize("lent", [False, True])
 def test_no_piece_is_held_while_the_next_is_computed(lent: bool) -> None:
-    """Neither the decoded piece nor its pixels, if the consumer lets them go."""
+    """Neither the decoded chunk nor its pixels, if the consumer lets them go."""
     pixels: list[weakref.ref[Tensor]] = []
 
-    def pieces() -> Iterator[Tensor]:
+    def chunks() -> Iterator[Tensor]:
         for n in range(5):
             assert [one for one in pixels if one() is not None] == []
-            piece = clip(2, seed=n)
-            held = weakref.ref(piece)
-            yield piece
-            del piece
+            chunk = clip(2, seed=n)
+            held = weakref.ref(chunk)
+            yield chunk
+            del chunk
             assert held() is None
 
-    for frames in host_frames(pieces(), CPU, torch.uint8, lent=lent):
+    for frames in host_frames(chunks(), CPU, torch.uint8, lent=lent):
         pixels.append(weakref.ref(frames))
         del frames
     assert len(pixels) == 5
@@ -231,19 +231,19 @@ def test_kept_pieces_stay_as_they_were(small_vae: Make) -> None:
 
 
 def test_a_collected_clip_takes_its_own_size_and_two_pieces() -> None:
-    pieces = (torch.zeros(1, 3, 4, 64, 64) for _ in range(20))
+    chunks = (torch.zeros(1, 3, 4, 64, 64) for _ in range(20))
     with Profile() as profile:
-        result = collect(host_frames(pieces, CPU, torch.float32, lent=True), 80, dim=1)
-    piece = 3 * 4 * 64 * 64 * 4
-    assert result.nbytes == 20 * piece
-    assert profile.device.peak <= result.nbytes + 3 * piece  # the decoded one, its pixels, and a frame in the making
+        result = collect(host_frames(chunks, CPU, torch.float32, lent=True), 80, dim=1)
+    chunk = 3 * 4 * 64 * 64 * 4
+    assert result.nbytes == 20 * chunk
+    assert profile.device.peak <= result.nbytes + 3 * chunk  # the decoded one, its pixels, and a frame in the making
 
 
 def test_collecting_tells_how_far_it_is() -> None:
     told: list[tuple[int, int]] = []
-    pieces = [torch.full((2, n, 1), n) for n in (1, 4, 2)]
-    out = collect(pieces, 7, dim=1, progress=lambda done, total: told.append((done, total)))
-    assert torch.equal(out, torch.cat(pieces, dim=1))
+    chunks = [torch.full((2, n, 1), n) for n in (1, 4, 2)]
+    out = collect(chunks, 7, dim=1, progress=lambda done, total: told.append((done, total)))
+    assert torch.equal(out, torch.cat(chunks, dim=1))
     assert told == [(1, 7), (5, 7), (7, 7)]
 
 
@@ -257,11 +257,11 @@ def test_a_file_is_the_same_from_pixels(size: tuple[int, int]) -> None:
     for pixels in (False, True):
         buffer = io.BytesIO()
         with VideoWriter(buffer, fps=Fraction(25), size=size, container="mp4") as writer:
-            for piece in video.split(4, dim=2):
+            for chunk in video.split(4, dim=2):
                 if pixels:
-                    writer.write_pixels(make_frames(piece, torch.uint8).pixels[0])
+                    writer.write_pixels(make_frames(chunk, torch.uint8).pixels[0])
                 else:
-                    writer.write(piece)
+                    writer.write(chunk)
         assert writer.frames == 6
         files.append(buffer.getvalue())
     assert files[0] == files[1]

@@ -37,8 +37,8 @@ def test_every_frame_and_size_comes_back(tmp_path: Path, frames: int, height: in
     video = moving_picture(frames, height, width)
     path = tmp_path / f"clip{suffix}"
     with VideoWriter(path, fps=Fraction(30000, 1001), size=(height, width)) as writer:
-        for piece in video.split(7, dim=2):
-            writer.write(piece)
+        for chunk in video.split(7, dim=2):
+            writer.write(chunk)
     again = read_all(path)
     assert again.shape == video.shape
     error = (again - video).pow(2).mean()
@@ -49,13 +49,13 @@ def test_every_frame_and_size_comes_back(tmp_path: Path, frames: int, height: in
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("piece", [1, 3, 16])
-def test_start_and_frames_choose_exactly(tmp_path: Path, piece: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_start_and_frames_choose_exactly(tmp_path: Path, chunk: int) -> None:
     pictures = [np.full((32, 48, 3), 8 * index, np.uint8) for index in range(30)]
     path = write_av(tmp_path / "steps.mp4", pictures, options={"g": "12", "bf": "3"})
     for start, frames in ((0, 30), (7, 5), (29, 1), (13, 100)):
-        got = list(read_frames(path, start=start, frames=frames, piece=piece))
-        assert all(part.shape[2] <= piece for part in got)
+        got = list(read_frames(path, start=start, frames=frames, chunk=chunk))
+        assert all(part.shape[2] <= chunk for part in got)
         levels = as_bytes(torch.cat(got, 2)).mean((1, 2, 3))
         expected = 8 * np.arange(start, min(30, start + frames))
         assert len(levels) == len(expected)
@@ -206,8 +206,8 @@ def test_varying_frame_times_are_kept(tmp_path: Path) -> None:
     assert is_variable(times, info.fps)
     copy = tmp_path / "copy.mp4"
     with VideoWriter(copy, fps=info.fps, size=info.size, times=times) as writer:
-        for piece in read_frames(path):
-            writer.write(piece)
+        for chunk in read_frames(path):
+            writer.write(chunk)
     again = frame_times(copy)
     assert [round(1000 * (time - again[0])) for time in again] == pts
     even = write_av(tmp_path / "even.mkv", [np.zeros((48, 64, 3), np.uint8)] * 9, rate=Fraction(24000, 1001))
@@ -230,8 +230,8 @@ def test_sound_is_kept_in_time(tmp_path: Path, source: str, codec: str, target: 
     first = frame_times(original)[0]
     copy = tmp_path / f"copy{target}"
     with VideoWriter(copy, fps=Fraction(25), size=(48, 64), audio_from=original, audio_range=(first, None)) as writer:
-        for piece in read_frames(original):
-            writer.write(piece)
+        for chunk in read_frames(original):
+            writer.write(chunk)
     assert probe(copy).audio_codec == kept
     same_sound(original, copy, offset=float(first) - float(frame_times(copy)[0]), length=1.9)
 
@@ -241,8 +241,8 @@ def test_sound_is_cut_to_the_chosen_frames(tmp_path: Path) -> None:
     copy = tmp_path / "copy.mp4"
     chosen = (Fraction(25, 25), Fraction(50, 25))
     with VideoWriter(copy, fps=Fraction(25), size=(48, 64), audio_from=original, audio_range=chosen) as writer:
-        for piece in read_frames(original, start=25, frames=25):
-            writer.write(piece)
+        for chunk in read_frames(original, start=25, frames=25):
+            writer.write(chunk)
     same_sound(original, copy, offset=1.0, length=0.9)
     assert len(samples(copy)[0]) / 48000 < 1.05
 
@@ -389,7 +389,7 @@ def test_a_full_disk_is_an_error_at_every_point(tmp_path: Path) -> None:
 READ_ALL = """
 import resource, sys
 from vae_core.media.video import read_frames
-count = sum(piece.shape[2] for piece in read_frames(sys.argv[1]))
+count = sum(chunk.shape[2] for chunk in read_frames(sys.argv[1]))
 print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

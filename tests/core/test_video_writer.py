@@ -45,8 +45,8 @@ def test_every_container_and_codec_in_memory(
 ) -> None:
     video, buffer = moving_picture(10, *size), io.BytesIO()
     with VideoWriter(buffer, fps=RATE, size=size, container=container, codec=codec, bits=bits) as writer:
-        for piece in video.split(4, dim=2):
-            writer.write(piece)
+        for chunk in video.split(4, dim=2):
+            writer.write(chunk)
     path = tmp_path / "clip"
     path.write_bytes(buffer.getvalue())
     again = torch.cat(list(read_frames(path)), dim=2)

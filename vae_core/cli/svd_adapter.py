@@ -298,8 +298,8 @@ def _of_latent(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[_Made]:
         )
 
 
-def _singles(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    return (frame for piece in pieces for frame in piece.split(1, dim=2))
+def _singles(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    return (frame for chunk in chunks for frame in chunk.split(1, dim=2))
 
 
 def _frames_first(z: Tensor) -> Tensor:

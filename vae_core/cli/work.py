@@ -217,7 +217,7 @@ def sound_of(file: LatentFile) -> tuple[Path | None, str | None]:
 def check_latent(file: LatentFile) -> None:
     """Raise LatentFileError where the latent holds values that are no numbers."""
     done = 0
-    for chunk in file.pieces():
+    for chunk in file.chunks():
         if not torch.isfinite(chunk).all():
             raise LatentFileError(
                 f"{file.path}: holds NaN or infinity from latent frame {done} on, so it cannot be decoded; encode or "
@@ -241,7 +241,7 @@ def decode(
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(_decoded_writer(path, meta, form, sound)) for path in paths]
         for chunk in (
-            vae.decode_frames(file.pieces(), dtype=torch.uint8, lent=True, check=True, frames=meta.frames, size=size)
+            vae.decode_frames(file.chunks(), dtype=torch.uint8, lent=True, check=True, frames=meta.frames, size=size)
             if form.bits in (None, 8)
             else _deep(vae, file, size)
         ):
@@ -257,7 +257,7 @@ def decode(
 def _deep(vae: VideoVAE, file: LatentFile, size: tuple[int, int]) -> Iterator[Tensor]:
     """(b, 3, t, h, w) in [-1, 1], for files of more than 8 bits."""
     left = file.meta.frames
-    for chunk in vae.decode_stream(file.pieces(), size=size):
+    for chunk in vae.decode_stream(file.chunks(), size=size):
         if left > 0:
             yield chunk[:, :, :left].float().cpu()
         left -= chunk.shape[2]

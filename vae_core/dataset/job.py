@@ -41,7 +41,7 @@ from .shards import (
 
 logger = logging.getLogger("cviv_vae.dataset")
 VERSION = 1
-PIECE = 4  # frames that are read at once
+CHUNK = 4  # frames that are read at once
 Progress = Callable[["Counts"], None]
 
 
@@ -336,13 +336,13 @@ def encode_clip(
             )
         return range(0, count if last is None else last, settings.stride)
 
-    def pieces() -> Iterator[Tensor]:
+    def chunks() -> Iterator[Tensor]:
         nonlocal frames, shape
         held: list[Tensor] = []
         for picture in read_picked(file, pick, whole=True):
             held.append(_fitted(picture, settings.size, file))
             frames, shape = frames + 1, (held[-1].shape[-2], held[-1].shape[-1])
-            if len(held) == PIECE:
+            if len(held) == CHUNK:
                 yield torch.cat(held, dim=2)
                 held = []
         if held:
@@ -350,8 +350,8 @@ def encode_clip(
 
     seed = settings.seed
     generator = None if seed is None else torch.Generator().manual_seed(seed * 10**8 + int(identity))
-    stream = vae.encode_stream(pieces(), pad=True, sample=seed is not None, generator=generator)
-    latent = torch.cat([piece.cpu() for piece in stream], dim=2)[0].to(settings.stored)  # z t h w
+    stream = vae.encode_stream(chunks(), pad=True, sample=seed is not None, generator=generator)
+    latent = torch.cat([chunk.cpu() for chunk in stream], dim=2)[0].to(settings.stored)  # z t h w
     info = ClipInfo(
         id=identity,
         key=key,

@@ -88,15 +88,15 @@ def check_counts(frames: int, keyframes: int) -> None:
 def fuse_detail(frames: Iterable[Tensor], keyframes: Iterable[Tensor], settings: DetailSettings) -> Iterator[Fused]:
     """Give the frames of a video the detail of its keyframes. Holds up to eight frames and two keyframes.
 
-    frames: (1, 3, t, h, w) pieces of any t, on the CPU. keyframes: (1, 3, n, h, w) pieces, one image for each latent.
+    frames: (1, 3, t, h, w) chunks of any t, on the CPU. keyframes: (1, 3, n, h, w) chunks, one image for each latent.
     Between two keyframes a frame takes from both, the nearer one more, moved by the optical flow of the video; where
     the flow is not to be trusted it keeps its own detail. Raises ValueError for counts or sizes that do not belong
     together (a stream's count is known only at its end: `check_counts` says it before) and without OpenCV, unless
     strength is 0.
     """
     if settings.strength == 0:
-        for piece in frames:
-            yield Fused(frames=piece, carried=(0.0,) * piece.shape[2], likeness=None)
+        for chunk in frames:
+            yield Fused(frames=chunk, carried=(0.0,) * chunk.shape[2], likeness=None)
         return
     require_opencv()
     before: _Anchor | None = None
@@ -125,10 +125,10 @@ def blur(picture: Tensor, deviation: float) -> Tensor:
 
 def _groups(frames: Iterable[Tensor], keyframes: Iterable[Tensor]) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
     """The frames (3, h, w) of each latent with its keyframe. Raises ValueError where one side ends before the other."""
-    images = (image for piece in keyframes for image in piece[0].unbind(1))
+    images = (image for chunk in keyframes for image in chunk[0].unbind(1))
     count = groups = 0
-    for piece in rechunk(frames, Windows(first=1, step=VIDEO.time, overlap=0)):
-        group = piece[0].unbind(1)
+    for chunk in rechunk(frames, Windows(first=1, step=VIDEO.time, overlap=0)):
+        group = chunk[0].unbind(1)
         count += len(group)
         keyframe = next(images, None)
         if keyframe is None:

@@ -122,8 +122,8 @@ def score(name: str, path: Path, info: VideoInfo, *, frames: int, per_video: int
     found: list[list[float]] = [[] for _ in starts]
     last: Tensor | None = None
     at = 0
-    for piece in read_frames(path):
-        for frame in piece[0].unbind(1):
+    for chunk in read_frames(path):
+        for frame in chunk[0].unbind(1):
             if at in wanted and last is not None:
                 here = _look(frame)
                 length_of_flow = float(optical_flow(_look(last), here).square().sum(0).sqrt().mean())
@@ -161,7 +161,7 @@ def evenly(scored: Sequence[Scored], count: int) -> list[Scored]:
 def _length(path: Path, info: VideoInfo, frames: int) -> int:
     length = info.frames
     if length is None:
-        length = sum(piece.shape[2] for piece in read_frames(path))
+        length = sum(chunk.shape[2] for chunk in read_frames(path))
     if length < frames:
         raise VideoError(f"{path}: has {length} frames; a clip needs {frames}. Ask for fewer with --frames.")
     return length
@@ -182,8 +182,8 @@ def _cut(
     file = folder / f"{index:03d}_{stem}_{chosen.start}.mp4"
     fps = probe(path).fps
     with VideoWriter(file, fps=Fraction(fps), size=size, crf=crf) as writer, torch.no_grad():
-        for piece in Protocol(name="cut", frames=frames, start=chosen.start).read(path):
-            writer.write(cover(piece, size))
+        for chunk in Protocol(name="cut", frames=frames, start=chosen.start).read(path):
+            writer.write(cover(chunk, size))
     return Cut(
         file=file.name,
         source=chosen.name,

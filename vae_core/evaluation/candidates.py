@@ -35,7 +35,7 @@ class Candidate(Protocol):
         ...
 
     def reconstruct(self, frames: Iterable[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
-        """Pieces (1, 3, t, h, w) in [-1, 1] in, pieces of the same frames out, cut to `size`; more may follow."""
+        """Chunks (1, 3, t, h, w) in [-1, 1] in, chunks of the same frames out, cut to `size`; more may follow."""
         ...
 
 
@@ -84,8 +84,8 @@ class Shrink:
 
     def reconstruct(self, frames: Iterable[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
         """Area average down, bicubic up."""
-        for piece in frames:
-            flat = piece[0].transpose(0, 1)  # t c h w
+        for chunk in frames:
+            flat = chunk[0].transpose(0, 1)  # t c h w
             small = F.interpolate(flat, [max(1, round(side / VIDEO.space)) for side in size], mode="area")
             back = F.interpolate(small, size, mode="bicubic", align_corners=False)
             yield back.transpose(0, 1)[None]
@@ -114,8 +114,8 @@ class Diffusers:
     def reconstruct(self, frames: Iterable[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
         """Encode to the mean and decode; images one by one, videos as a whole."""
         if self.kind == "AutoencoderKL":
-            for piece in frames:
-                for frame in piece[0].unbind(1):
+            for chunk in frames:
+                for frame in chunk[0].unbind(1):
                     yield self._images(_padded(frame[None, :, None])[:, :, 0])[:, :, None, : size[0], : size[1]]
             return
         clip = whole(pad_stream(frames, VIDEO))  # 1 c t h w

@@ -1,4 +1,4 @@
-"""All meters on one clip at once, piece by piece."""
+"""All meters on one clip at once, chunk by chunk."""
 
 import importlib.util
 import math
@@ -73,7 +73,7 @@ class ClipMeters:
         self._features: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def update(self, reconstruction: Tensor, original: Tensor) -> None:
-        """Two (1, 3, t, h, w) pieces in [-1, 1]; what lies outside is clamped."""
+        """Two (1, 3, t, h, w) chunks in [-1, 1]; what lies outside is clamped."""
         psnr, ssim = frame_quality(reconstruction, original)
         self._frames["psnr"] += psnr.tolist()
         self._frames["ssim"] += ssim.tolist()
@@ -98,7 +98,7 @@ class ClipMeters:
 
     @property
     def result(self) -> ClipFigures:
-        """Over all pieces so far."""
+        """Over all chunks so far."""
         frames = {name: values for name, values in self._frames.items() if values}
         seams = self._seams.reading
         warp, source = (math.nan, math.nan) if self._warp is None else self._warp.means
@@ -136,22 +136,22 @@ def measure(
     """Send a stream through `reconstruct` and both through the meters; returns the number of frames.
 
     Holds the frames that were read and did not come back yet. watch: called with (index of the first, originals,
-    reconstructions) for every piece. Raises ValueError where fewer frames come back.
+    reconstructions) for every chunk. Raises ValueError where fewer frames come back.
     """
     waiting, done = deque[Tensor](), 0
 
     def kept() -> Iterator[Tensor]:
-        for piece in original:
-            waiting.extend(piece.unbind(2))
-            yield piece
+        for chunk in original:
+            waiting.extend(chunk.unbind(2))
+            yield chunk
 
     with torch.no_grad():
-        for piece in reconstruct(kept()):
-            count = min(piece.shape[2], len(waiting))  # at the end, frames that only padded the clip follow
+        for chunk in reconstruct(kept()):
+            count = min(chunk.shape[2], len(waiting))  # at the end, frames that only padded the clip follow
             if not count:
                 continue
             source = torch.stack([waiting.popleft() for _ in range(count)], dim=2)  # 1 c t h w
-            result = piece[:, :, :count].float().cpu()
+            result = chunk[:, :, :count].float().cpu()
             meters.update(result, source)
             if watch is not None:
                 watch(done, source, result)

@@ -45,18 +45,18 @@ class Protocol:
         return f"{size}, {frames}, stride {self.stride}{start}"
 
     def read(self, path: Path) -> Iterator[Tensor]:
-        """The clip of a video, in (1, 3, t, h, w) pieces in [-1, 1].
+        """The clip of a video, in (1, 3, t, h, w) chunks in [-1, 1].
 
         Raises VideoError where the video is no video, is damaged or ends too early.
         """
         count = 0
         last = None if self.frames is None else 1 + (self.frames - 1) * self.stride
         at = 0
-        for piece in read_frames(path, self.start, last):
+        for chunk in read_frames(path, self.start, last):
             first = -at % self.stride
-            at += piece.shape[2]
-            if first < piece.shape[2]:
-                taken = piece[:, :, first :: self.stride]
+            at += chunk.shape[2]
+            if first < chunk.shape[2]:
+                taken = chunk[:, :, first :: self.stride]
                 count += taken.shape[2]
                 yield taken if self.size is None else cover(taken, self.size)
         if self.frames is not None and count < self.frames:
@@ -119,6 +119,6 @@ def find_videos(sources: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
     return found
 
 
-def whole(pieces: Iterable[Tensor]) -> Tensor:
-    """All pieces as one clip (1, 3, t, h, w)."""
-    return torch.cat(list(pieces), dim=2)
+def whole(chunks: Iterable[Tensor]) -> Tensor:
+    """All chunks as one clip (1, 3, t, h, w)."""
+    return torch.cat(list(chunks), dim=2)

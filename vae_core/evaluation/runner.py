@@ -133,8 +133,8 @@ class _Job:
     pictures: bool
 
     def run(self, progress: Progress | None) -> Record:
-        pieces = self.protocol.read(self.path)
-        first = next(pieces)
+        chunks = self.protocol.read(self.path)
+        first = next(chunks)
         size = (first.shape[-2], first.shape[-1])
         tiles = self.tiles or tiles_for(size)
         borders = borders_of(size, self.protocol.frames or 10**6, tiles)
@@ -142,7 +142,7 @@ class _Job:
 
         def frames() -> Any:  # noqa: ANN401
             yield first
-            yield from pieces
+            yield from chunks
 
         def watch(at: int, original: Tensor, reconstruction: Tensor) -> None:
             shown(at, original, reconstruction)

@@ -1,4 +1,4 @@
-"""The latent file: the latent of one video with what is needed to show it again. It is read and written in pieces.
+"""The latent file: the latent of one video with what is needed to show it again. It is read and written in chunks.
 
 A latent file is a safetensors file with the tensor `latent_tbchw`, of shape (T', B, z, h, w): time comes first, unlike
 everywhere else in this package, so that chunks in time lie one after another in the file and can be appended while the
@@ -56,11 +56,11 @@ SOUND_ENDING = ".sound.mka"
 
 
 class LatentWriter:
-    """Writes a latent file piece by piece, holding none of them; use it as a context manager.
+    """Writes a latent file chunk by chunk, holding none of them; use it as a context manager.
 
         with LatentWriter(path, family="cv-vae", fps=Fraction(24), height=570, width=1000) as writer:
-            for piece in vae.encode_stream(frames, pad=True):  # b z t h w
-                writer.write(piece)
+            for chunk in vae.encode_stream(frames, pad=True):  # b z t h w
+                writer.write(chunk)
             writer.finish(frames=96)
 
     The bytes go to a hidden file in the same folder, which takes the name `path` in `finish` and is removed when the
@@ -117,17 +117,17 @@ class LatentWriter:
     def __enter__(self) -> LatentWriter:
         return self
 
-    def write(self, piece: Tensor) -> None:
-        """Append `piece`, (b, z, t, h, w), float16, bfloat16, float32 or float64, as all pieces of the file."""
+    def write(self, chunk: Tensor) -> None:
+        """Append `chunk`, (b, z, t, h, w), float16, bfloat16, float32 or float64, as all chunks of the file."""
         if self._shape is None:
-            self._begin(piece)
+            self._begin(chunk)
         b, c, h, w = self._shape or (0, 0, 0, 0)
-        if piece.ndim != 5 or (*piece.shape[:2], *piece.shape[3:]) != (b, c, h, w) or piece.dtype != self._dtype:
+        if chunk.ndim != 5 or (*chunk.shape[:2], *chunk.shape[3:]) != (b, c, h, w) or chunk.dtype != self._dtype:
             raise LatentFileError(
-                f"A piece of the latent has shape {tuple(piece.shape)} and {piece.dtype}; the first one asks for "
+                f"A chunk of the latent has shape {tuple(chunk.shape)} and {chunk.dtype}; the first one asks for "
                 f"({b}, {c}, any, {h}, {w}) and {self._dtype}."
             )
-        data = rearrange(piece.detach(), "b c t h w -> t b c h w").contiguous().cpu()
+        data = rearrange(chunk.detach(), "b c t h w -> t b c h w").contiguous().cpu()
         if data.numel():
             self._open_file().write(data.view(torch.uint8).numpy().data)
         self._length += data.shape[0]
@@ -135,7 +135,7 @@ class LatentWriter:
     def finish(self, *, frames: int) -> LatentMeta:
         """Give the file its name. frames: how many the video really has, without padding. Returns the metadata."""
         if self._shape is None:
-            raise LatentFileError("There is no latent to save: write at least one piece before finish.")
+            raise LatentFileError("There is no latent to save: write at least one chunk before finish.")
         meta = replace(self._meta, frames=frames)
         b, c, h, w = self._shape
         shape = (self._length, b, c, h, w)
@@ -167,15 +167,15 @@ class LatentWriter:
         if kind is None and unfinished:
             raise LatentFileError(f"{self.path} was not written: finish(frames=...) was not called.")
 
-    def _begin(self, piece: Tensor) -> None:
-        if piece.ndim != 5 or piece.dtype not in NAMES or not piece.numel():
+    def _begin(self, chunk: Tensor) -> None:
+        if chunk.ndim != 5 or chunk.dtype not in NAMES or not chunk.numel():
             raise LatentFileError(
                 f"A latent has shape (b, z, t, h, w) and float16, bfloat16, float32 or float64; got "
-                f"{tuple(piece.shape)} and {piece.dtype}."
+                f"{tuple(chunk.shape)} and {chunk.dtype}."
             )
-        b, c, _, h, w = piece.shape
+        b, c, _, h, w = chunk.shape
         check_size((b, c, h, w), self._meta)
-        self._dtype = piece.dtype
+        self._dtype = chunk.dtype
         largest = replace(self._meta, frames=_LARGEST)
         header = header_bytes((_LARGEST, b, c, h, w), self._dtype, largest, size=None)
         self._header_size = len(header)
@@ -208,10 +208,10 @@ class LatentFile:
     shape: tuple[int, int, int, int, int]
     dtype: torch.dtype
 
-    def pieces(self, size: int = 4) -> Iterator[Tensor]:
-        """The latent as pieces of up to `size` latent frames, (b, z, t, h, w); holds one piece."""
+    def chunks(self, size: int = 4) -> Iterator[Tensor]:
+        """The latent as chunks of up to `size` latent frames, (b, z, t, h, w); holds one chunk."""
         if size < 1:
-            raise LatentFileError(f"The size of a piece is {size} latent frames; give 1 or more.")
+            raise LatentFileError(f"The size of a chunk is {size} latent frames; give 1 or more.")
         for start in range(0, self.shape[2], size):
             yield self._part(start, min(start + size, self.shape[2]))
 
@@ -276,7 +276,7 @@ def save_latent(path: str | os.PathLike[str], latent: Tensor, meta: LatentMeta) 
 
 
 def open_latent(path: str | os.PathLike[str]) -> LatentFile:
-    """Open a latent file; its values are read by `pieces` or `read`, and are not checked.
+    """Open a latent file; its values are read by `chunks` or `read`, and are not checked.
 
     Raises LatentFileError when it is no latent file (saying what it seems to be), is damaged, or disagrees with its
     own metadata.

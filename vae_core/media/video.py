@@ -132,12 +132,12 @@ def read_frames(
     path: str | os.PathLike[str],
     start: int = 0,
     frames: int | None = None,
-    piece: int = 4,
+    chunk: int = 4,
     *,
     skip_damage: bool = False,
     hdr: Hdr = "tone-map",
 ) -> Iterator[Tensor]:
-    """Read frames lazily, at most `piece` at a time, as (1, 3, t, H, W) float32 RGB in [-1, 1].
+    """Read frames lazily, at most `chunk` at a time, as (1, 3, t, H, W) float32 RGB in [-1, 1].
 
     `start` counts frames from 0, as the file's timeline does; those before it are decoded and passed over, so it is
     exact in every file. `frames` None reads to the end, and a file that ends earlier gives fewer. The rotation the file
@@ -150,17 +150,17 @@ def read_frames(
     picture changes size on the way; all of that before the first frame.
     """
     path = Path(path)
-    if start < 0 or (frames is not None and frames < 1) or piece < 1:
+    if start < 0 or (frames is not None and frames < 1) or chunk < 1:
         raise VideoError(
-            f"got start={start}, frames={frames}, piece={piece}; start must be 0 or more, frames and piece 1 or more."
+            f"got start={start}, frames={frames}, chunk={chunk}; start must be 0 or more, frames and chunk 1 or more."
         )
     timeline = timeline_of(path, None if frames is None else start + frames)
     stop = checked_stop(path, timeline, start, frames, skip_damage=skip_damage)
-    yield from read_shown(path, timeline, range(start, stop), piece, hdr)
+    yield from read_shown(path, timeline, range(start, stop), chunk, hdr)
 
 
 def read_shown(
-    path: Path, timeline: Timeline, frames: Sequence[int], piece: int = 4, hdr: Hdr = "tone-map"
+    path: Path, timeline: Timeline, frames: Sequence[int], chunk: int = 4, hdr: Hdr = "tone-map"
 ) -> Iterator[Tensor]:
     """Frames of a timeline by their numbers, which do not fall and may repeat, as `read_frames` gives them.
 
@@ -170,7 +170,7 @@ def read_shown(
     with closing(_chosen(path, timeline, frames, hdr)) as pictures:
         for picture in pictures:
             held.append(picture)
-            if len(held) == piece:
+            if len(held) == chunk:
                 yield torch.stack(held, 1)[None]  # 1 c t h w
                 held = []
     if held:

@@ -45,7 +45,7 @@ class Compatibility:
 def latent_compatibility(vae: VideoVAE, image_vae: ImageCoder, frames: Callable[[], Iterable[Tensor]]) -> Compatibility:
     """Compare the two on one clip; holds one chunk.
 
-    frames: starts a stream of (1, 3, t, h, w) pieces in [-1, 1]; it is read twice. Raises ValueError where the latents
+    frames: starts a stream of (1, 3, t, h, w) chunks in [-1, 1]; it is read twice. Raises ValueError where the latents
     differ in shape.
     """
     distances: list[float] = []
@@ -78,13 +78,13 @@ def _groups(vae: VideoVAE, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, T
     waiting = deque[Tensor]()
 
     def kept() -> Iterator[Tensor]:
-        for piece in frames:
-            waiting.extend(piece[0].unbind(1))
-            yield piece
+        for chunk in frames:
+            waiting.extend(chunk[0].unbind(1))
+            yield chunk
 
     count = 1
-    for piece in vae.encode_stream(kept()):
-        for latent in piece[0].unbind(1):
+    for chunk in vae.encode_stream(kept()):
+        for latent in chunk[0].unbind(1):
             yield latent, torch.stack([waiting.popleft() for _ in range(count)])
             count = vae.info.time_compression
 
@@ -94,15 +94,15 @@ def _image_to_video(vae: VideoVAE, image_vae: ImageCoder, frames: Callable[[], I
 
     def latents() -> Iterator[Tensor]:
         count = 0
-        for piece in pad_stream(frames(), vae.info.compression):
-            for frame in piece[0].unbind(1):
+        for chunk in pad_stream(frames(), vae.info.compression):
+            for frame in chunk[0].unbind(1):
                 waiting.append(frame)
                 if count % vae.info.time_compression == 0:
                     yield image_vae.encode(frame[None])[:, :, None]
                 count += 1
 
-    for piece in vae.decode_stream(latents()):
-        for frame in piece[0].unbind(1):
+    for chunk in vae.decode_stream(latents()):
+        for frame in chunk[0].unbind(1):
             yield _psnr(frame.clamp(-1, 1), waiting.popleft())
 
 

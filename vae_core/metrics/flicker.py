@@ -26,7 +26,7 @@ class FlickerMeter:
     _last: tuple[Tensor, Tensor] | None = None
 
     def update(self, reconstruction: Tensor, original: Tensor) -> None:
-        """Two (1, 3, t, h, w) pieces in [-1, 1]."""
+        """Two (1, 3, t, h, w) chunks in [-1, 1]."""
         check_pair(reconstruction, original)
         for ours, theirs in zip(_levels(reconstruction), _levels(original), strict=True):
             if self._last is None:
@@ -60,7 +60,7 @@ class WarpMeter:
     _last: tuple[Tensor, Tensor] | None = None
 
     def update(self, reconstruction: Tensor, original: Tensor) -> None:
-        """Two (1, 3, t, h, w) pieces in [-1, 1]."""
+        """Two (1, 3, t, h, w) chunks in [-1, 1]."""
         check_pair(reconstruction, original)
         for ours, theirs in zip(_levels(reconstruction), _levels(original), strict=True):
             if self._last is None:

@@ -102,7 +102,7 @@ class _Pool:
 
 @dataclass
 class SeamMeter:
-    """Add pieces of a clip in their order, then ask for the `reading`. Holds one frame and a few rows of numbers."""
+    """Add chunks of a clip in their order, then ask for the `reading`. Holds one frame and a few rows of numbers."""
 
     borders: Borders
     _lines: dict[int, Tensor] = field(default_factory=dict[int, Tensor])  # by dimension: change at every line
@@ -113,7 +113,7 @@ class SeamMeter:
     _frames: int = 0
 
     def update(self, reconstruction: Tensor, original: Tensor) -> None:
-        """Two (1, 3, t, h, w) pieces in [-1, 1]."""
+        """Two (1, 3, t, h, w) chunks in [-1, 1]."""
         check_pair(reconstruction, original)
         error = (reconstruction.detach().float().clamp(-1, 1) - original.float().clamp(-1, 1)) / 2
         frames = error[0].transpose(0, 1).cpu()  # t c h w
@@ -139,7 +139,7 @@ class SeamMeter:
 
     @property
     def reading(self) -> SeamReading:
-        """Over all pieces so far."""
+        """Over all chunks so far."""
         line, step, time = _Pool(), _Pool(), _Pool()
         for dim, borders in ((-1, self.borders.columns), (-2, self.borders.rows)):
             if dim not in self._lines:

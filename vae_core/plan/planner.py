@@ -117,7 +117,7 @@ def tile_plans(task: Task, *, on_cpu: bool) -> list[TilePlan]:
     sides = [side for side in SIDES if side < max(height, width)]
     places = (False,) if on_cpu else (False, True)
     plans = [TilePlan(tile=tile, offload=place) for tile in (*((n, None) for n in rows), *sides) for place in places]
-    return sorted(plans, key=lambda plan: NOMINAL.seconds(predict(task, plan)))
+    return sorted(plans, key=lambda plan: (NOMINAL.seconds(predict(task, plan)), plan.count(task.size)))
 
 
 def device_bytes(task: Task, tiles: AnyPlan) -> int:

@@ -1,7 +1,7 @@
-"""Decoded frames on their way out: made into pixels where they are, and copied to RAM while the next piece is computed.
+"""Decoded frames on their way out: made into pixels where they are, and copied to RAM while the next chunk is computed.
 
-On a GPU, two buffers of page-locked RAM take the pieces in turn, on a stream of their own, and a piece comes out when
-the next is on its way. Elsewhere, and where no RAM can be page-locked, pieces are copied one by one, at once.
+On a GPU, two buffers of page-locked RAM take the chunks in turn, on a stream of their own, and a chunk comes out when
+the next is on its way. Elsewhere, and where no RAM can be page-locked, chunks are copied one by one, at once.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from .stream import is_out_of_memory
 
-MOST_PINNED = 2**29  # bytes of one buffer of page-locked RAM, which nothing else can use; larger pieces go without
+MOST_PINNED = 2**29  # bytes of one buffer of page-locked RAM, which nothing else can use; larger chunks go without
 UNIT_DTYPES = (torch.float32, torch.float16)
 
 
 class NotFiniteError(ValueError):
-    """A result holds NaN or infinity. piece: the number of its first piece that does, from 0."""
+    """A result holds NaN or infinity. chunk: the number of its first chunk that does, from 0."""
 
-    def __init__(self, piece: int) -> None:
+    def __init__(self, chunk: int) -> None:
         super().__init__(
-            f"Piece {piece} of the result holds NaN or infinity. In float16, load the VAE in bfloat16 or float32; in "
+            f"Chunk {chunk} of the result holds NaN or infinity. In float16, load the VAE in bfloat16 or float32; in "
             "these, look at what made the latent."
         )
-        self.piece = piece
+        self.chunk = chunk
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Courier(Protocol):
 
 
 def trimmed(
-    pieces: Iterable[Tensor], overlap: int, frames: int | None, size: tuple[int, int] | None
+    chunks: Iterable[Tensor], overlap: int, frames: int | None, size: tuple[int, int] | None
 ) -> Iterator[Tensor]:
     """Decoded chunks (b, 3, t, h, w), less the `overlap` frames that each repeats of the one before.
 
     frames, size: of what comes out, None for all; what padding added goes. Raises ValueError where fewer frames come.
     """
     drop, done = 0, 0
-    for y in pieces:
+    for y in chunks:
         y = y[:, :, drop : None if frames is None else drop + frames - done]
         drop = overlap
         done += y.shape[2]
@@ -83,17 +83,17 @@ def to_uint8(frames: Tensor) -> Tensor:
     return frames.float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
 
 
-def make_frames(piece: Tensor, dtype: torch.dtype, *, check: bool = False) -> Frames:
+def make_frames(chunk: Tensor, dtype: torch.dtype, *, check: bool = False) -> Frames:
     """Frames (b, 3, t, h, w) in [-1, 1] as pixels (b, t, h, w, 3) on the same device, clamped.
 
     dtype: torch.uint8 for 0 to 255, torch.float32 or torch.float16 for 0 to 1. check: note whether all values are
-    finite. Made a frame at a time, so that nothing as large as the piece is held but the result.
+    finite. Made a frame at a time, so that nothing as large as the chunk is held but the result.
     """
-    piece = piece.detach()
-    b, _, t, h, w = piece.shape
-    pixels = piece.new_empty((b, t, h, w, 3), dtype=dtype)
+    chunk = chunk.detach()
+    b, _, t, h, w = chunk.shape
+    pixels = chunk.new_empty((b, t, h, w, 3), dtype=dtype)
     finite: list[Tensor] = []
-    for index, frame in enumerate(piece.unbind(2)):  # b c h w
+    for index, frame in enumerate(chunk.unbind(2)):  # b c h w
         if check:
             finite.append(torch.isfinite(frame).all())
         frame = frame.movedim(1, -1)  # b h w c
@@ -101,14 +101,14 @@ def make_frames(piece: Tensor, dtype: torch.dtype, *, check: bool = False) -> Fr
     return Frames(pixels, torch.stack(finite).all() if finite else None)
 
 
-def _made(piece: Tensor, dtype: torch.dtype, check: bool) -> Frames:
+def _made(chunk: Tensor, dtype: torch.dtype, check: bool) -> Frames:
     """`make_frames`, in RAM where the device is too full for it."""
     try:
-        return make_frames(piece, dtype, check=check)
+        return make_frames(chunk, dtype, check=check)
     except Exception as error:
-        if piece.device.type == "cpu" or not is_out_of_memory(error):
+        if chunk.device.type == "cpu" or not is_out_of_memory(error):
             raise
-    return make_frames(piece.cpu(), dtype, check=check)
+    return make_frames(chunk.cpu(), dtype, check=check)
 
 
 # ---------------------------------------------------------------------------------------------------- to RAM
@@ -192,21 +192,21 @@ def in_turn(made: Iterator[Frames], courier: Courier) -> Iterator[Frames]:
 
 
 def host_frames(
-    pieces: Iterable[Tensor], device: torch.device, dtype: torch.dtype, *, lent: bool = False, check: bool = False
+    chunks: Iterable[Tensor], device: torch.device, dtype: torch.dtype, *, lent: bool = False, check: bool = False
 ) -> Iterator[Tensor]:
-    """Pieces (b, 3, t, h, w) in [-1, 1] of `device` as (b, t, h, w, 3) in RAM, as `make_frames` makes them.
+    """Chunks (b, 3, t, h, w) in [-1, 1] of `device` as (b, t, h, w, 3) in RAM, as `make_frames` makes them.
 
-    lent: a piece is good until the next is asked for, and not copied again for who keeps it. check: raise
-    NotFiniteError at the first piece that holds NaN or infinity. Raises ValueError for another `dtype`.
+    lent: a chunk is good until the next is asked for, and not copied again for who keeps it. check: raise
+    NotFiniteError at the first chunk that holds NaN or infinity. Raises ValueError for another `dtype`.
     """
     if dtype not in (torch.uint8, *UNIT_DTYPES):
         raise ValueError(
             f"Frames of {dtype} were asked for; allowed are torch.uint8 (0 to 255), torch.float32 and torch.float16 (0 "
             "to 1)."
         )
-    made = map(partial(_made, dtype=dtype, check=check), pieces)  # unlike a loop, it keeps no piece
+    made = map(partial(_made, dtype=dtype, check=check), chunks)  # unlike a loop, it keeps no chunk
     arrived = in_turn(made, PinnedCourier(device)) if device.type == "cuda" else map(Frames.in_ram, made)
-    numbers = itertools.count()  # unlike enumerate, which keeps a piece
+    numbers = itertools.count()  # unlike enumerate, which keeps a chunk
     for frames in arrived:
         number = next(numbers)
         if frames.finite is not None and not bool(frames.finite):
@@ -217,20 +217,20 @@ def host_frames(
 
 
 def collect(
-    pieces: Iterable[Tensor], total: int, *, dim: int, progress: Callable[[int, int], None] | None = None
+    chunks: Iterable[Tensor], total: int, *, dim: int, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
-    """Write pieces, `total` long in all along `dim`, into one tensor, allocated once; pieces may be lent.
+    """Write chunks, `total` long in all along `dim`, into one tensor, allocated once; chunks may be lent.
 
-    progress: called with (done, total) after every piece.
+    progress: called with (done, total) after every chunk.
     """
     out: Tensor | None = None
     done = 0
-    for piece in pieces:
+    for chunk in chunks:
         if out is None:
-            out = piece.new_empty(*piece.shape[:dim], total, *piece.shape[dim + 1 :])
-        out.narrow(dim, done, piece.shape[dim]).copy_(piece)
-        done += piece.shape[dim]
-        del piece  # not while the next is computed
+            out = chunk.new_empty(*chunk.shape[:dim], total, *chunk.shape[dim + 1 :])
+        out.narrow(dim, done, chunk.shape[dim]).copy_(chunk)
+        done += chunk.shape[dim]
+        del chunk  # not while the next is computed
         if progress is not None:
             progress(done, total)
     assert out is not None

@@ -52,8 +52,8 @@ def look_through(frames: Iterable[Tensor], *, every: int = 1) -> Look:
     has_flow = importlib.util.find_spec("cv2") is not None
     thumb: Tensor | None = None
     looked: Tensor | None = None
-    for piece in frames:
-        for frame in piece[0].unbind(1):
+    for chunk in frames:
+        for frame in chunk[0].unbind(1):
             small = F.adaptive_avg_pool2d(frame.float().clamp(-1, 1), _THUMB)
             if thumb is not None:
                 changes.append(float((small - thumb).abs().mean()) / 2)
