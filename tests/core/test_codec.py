@@ -193,3 +193,19 @@ def test_a_plan_changes_nothing_for_a_frame_that_fits_one_tile(small_vae: Make) 
     wide = torch.rand(1, 3, 5, 32, 64, dtype=torch.float64)
     assert vae.decode(vae.encode(wide, plan=plan), plan=plan).shape == wide.shape
     assert not torch.allclose(vae.encode(wide, plan=plan), vae.encode(wide))
+
+
+@pytest.mark.parametrize("family", ["cv-vae", "cv-vae-sd3", "image-vae"])
+def test_draws_clamp_the_log_variance_as_published(family: str, small_vae: Callable[..., vae_core.VideoVAE]) -> None:
+    """To -30 and 20, in the draw alone: the moments come as the network gives them."""
+    vae = small_vae(family)
+    last = vae.model.encoder.quant or vae.model.encoder.conv_out  # type: ignore[union-attr]
+    z = vae.info.latent_channels
+    last.bias[z:] += torch.linspace(-80, 80, z, dtype=torch.float64)  # type: ignore[index]
+    video = torch.rand(1, 3, 1, 16, 16, dtype=torch.float64)
+    mean, logvar = vae.moments(video)
+    assert logvar.min() < -40
+    assert logvar.max() > 40
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got = vae.encode(video, sample=True, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(got, mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise, rtol=1e-9, atol=1e-9)

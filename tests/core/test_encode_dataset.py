@@ -194,6 +194,24 @@ def test_frames_stride_size_precision_and_draws(videos: Path, weights: str, tmp_
     assert "is 40x32, too small for 48x32" in reasons["clip4.mp4"]
 
 
+def test_clips_come_back_in_order_and_each_is_drawn_by_its_own_seed(videos: Path, weights: str, tmp_path: Path) -> None:
+    """Two files with the same content get different draws, and each is that of the seed and the clip's number."""
+    twins = tmp_path / "twins"
+    twins.mkdir()
+    for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4"):
+        (twins / name).write_bytes((videos / "clip2.mp4").read_bytes())
+    EncodeJob([twins], tmp_path / "out", _settings(weights, seed=5)).run("cpu")
+    found = list(read_latents(tmp_path / "out"))
+    assert [info.key for info, _ in found] == [f"twins/{name}.mp4" for name in "abcd"]
+    assert len(list((tmp_path / "out").glob("shard-*.json"))) > 1
+    vae = vae_core.load(weights)
+    frames = torch.cat(list(read_frames(videos / "clip2.mp4")), dim=2)
+    for info, latent in found:
+        generator = torch.Generator().manual_seed(5 * 10**8 + int(info.id))
+        assert torch.equal(latent, vae.encode(frames, pad=True, sample=True, generator=generator)[0])
+    assert not any(torch.equal(found[0][1], latent) for _, latent in found[1:])
+
+
 def test_other_settings_and_other_folders_are_refused(videos: Path, weights: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     EncodeJob([videos], out, _settings(weights))
