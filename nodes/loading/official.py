@@ -8,8 +8,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ...vae_core.door.downloads import OFFICIAL_FILES, OfficialFile, download
 from ...vae_core.door.loading import DEMO_WEIGHTS
-from ...vae_core.weights.downloads import OFFICIAL_FILES, OfficialFile, download
 
 DOWNLOAD = "download "  # begins the choices that fetch a file
 _BLOCK = 1 << 22

@@ -74,7 +74,7 @@ def refused(comfy: Comfy, vae_name: str) -> str:
 
 def test_every_official_file_is_offered_with_its_size(comfy: Comfy) -> None:
     offered = [option for option in options(comfy) if option.startswith("download ")]
-    names = comfy.pack("vae_core.weights.downloads").OFFICIAL_FILES
+    names = comfy.pack("vae_core.door.downloads").OFFICIAL_FILES
     assert [option.split()[1] for option in offered] == list(names)
     assert "download vae3d_v1-1 (730 MB)" in offered
     assert "download ivvae_z16_dim96 (967 MB)" in offered
@@ -97,7 +97,7 @@ def test_another_missing_file_is_named_before_the_run(comfy: Comfy) -> None:
 def test_a_download_is_cancelled_continued_checked_and_used(
     comfy: Comfy, site: Site, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    downloads, official = comfy.pack("vae_core.weights.downloads"), comfy.pack("nodes.loading.official")
+    downloads, official = comfy.pack("vae_core.door.downloads"), comfy.pack("nodes.loading.official")
     small = comfy.pack("vae_core").load(models / SMALL["cv"]).info.parameters
     known = dict(downloads.OFFICIAL_FILES)
     known["vae3d_v1-1"] = replace(known["vae3d_v1-1"], parameters=small)

@@ -13,9 +13,9 @@ import torch
 
 import vae_core
 from vae_core import CheckpointError
+from vae_core.door import downloads
+from vae_core.door.downloads import OFFICIAL_FILES, DownloadError, check, download, fetch
 from vae_core.door.loading import official_state
-from vae_core.weights import downloads
-from vae_core.weights.downloads import OFFICIAL_FILES, DownloadError, check, download, fetch
 
 
 @dataclass

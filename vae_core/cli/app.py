@@ -22,12 +22,12 @@ from rich.progress import (
 from rich.text import Text
 
 from .. import __version__
+from ..door.downloads import OFFICIAL_FILES, download
 from ..door.loading import DEMO_FOLDER, load
 from ..door.vae import VideoVAE
 from ..media.latents import SOUND_ENDING, TENSOR, LatentFile, open_latent, sound_name
 from ..media.pictures import is_picture
 from ..media.video import check_output_name, losses, probe
-from ..weights.downloads import OFFICIAL_FILES, download
 from ..weights.files import SUFFIXES
 from ..weights.headers import UnreadableError, read_header, sniff
 from . import report

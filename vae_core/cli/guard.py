@@ -15,9 +15,9 @@ import torch
 import typer
 from rich.console import Console
 
+from ..door.downloads import DownloadError
 from ..errors import CheckpointError, LatentFileError, VideoError
 from ..run.output import NotFiniteError
-from ..weights.downloads import DownloadError
 
 P = ParamSpec("P")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

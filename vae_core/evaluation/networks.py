@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 
 from ..atomic import atomic_write
+from ..door.downloads import DownloadError, fetch
 from ..errors import CheckpointError
 from ..metrics import load_i3d, load_lpips
-from ..weights.downloads import DownloadError, fetch
 from .measure import Networks
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # the name ends in the first digits of its SHA-256

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..atomic import give_name
-from ..door.loading import load
 from ..errors import CheckpointError
+from .loading import load
 
 MODELSCOPE = "https://www.modelscope.cn/models"
 HUGGINGFACE = "https://huggingface.co"
