@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
@@ -39,7 +40,7 @@ def run_chunks(
     bring_back: to the device of the chunk; without, it is left where it was made.
     """
     for chunk in chunks:
-        done = _uncompiled(chunk, work, recover, device=device, dtype=dtype)
+        done = _uncompiled()(chunk, work, recover, device=device, dtype=dtype)
         yield done.to(chunk.device) if bring_back else done
         del done
 
@@ -65,5 +66,9 @@ def _run_chunk(
         work.switch(plan)
 
 
-# a compiler from outside would break on bookkeeping; `VideoVAE.compile` compiles the network
-_uncompiled = cast("Callable[..., Tensor]", torch.compiler.disable(_run_chunk))
+def _uncompiled() -> Callable[..., Tensor]:
+    """`_run_chunk`, on whose bookkeeping a compiler from outside would break; `VideoVAE.compile` is the way. Nobody
+    compiles where torch has not loaded its compiler, which takes seconds."""
+    if "torch._dynamo" not in sys.modules:
+        return _run_chunk
+    return cast("Callable[..., Tensor]", torch.compiler.disable(_run_chunk))
