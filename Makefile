@@ -13,7 +13,7 @@ demo: .venv/.cli
 	$(BIN)/cviv-vae demo --output demo_output --overwrite
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-comfyui:
 	$(PYTHON) tests/comfyui/run.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ Config = CVVAEConfig | IVVAEConfig | ImageVAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# processes that run at the same time take a core each
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 SMALL: dict[str, Config] = {
     "cv-vae": CVVAEConfig(widths=(32, 32, 64, 64), blocks_per_level=1, latent_channels=4, sd3=False),

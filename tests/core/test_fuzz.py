@@ -295,10 +295,12 @@ def _hidden_in_tar(raw: bytes) -> bytes:
 
 
 def test_the_tar_file_of_these_tests_is_one(tmp_path: Path) -> None:
+    """Which torch's own reader would take for one, and open; this one refuses it, as a pickle that it is not."""
     path = tmp_path / "x.pth"
     path.write_bytes(_hidden_in_tar(b"x"))
     assert path.read_bytes()[:2] == b"\x80\x02"
-    with pytest.raises(CheckpointError, match="is a tar archive"):
+    assert tarfile.is_tarfile(path)
+    with pytest.raises(CheckpointError, match="not a file of torch.save, and is refused"):
         read_weights(path)
 
 
@@ -328,7 +330,7 @@ def test_other_kinds_of_tensor_are_refused(tmp_path: Path) -> None:
     ]
     for tensor in (*kinds, torch.empty(3, device="meta")):
         path.write_bytes(_torch_bytes({"a": tensor}))
-        with pytest.raises(CheckpointError, match="not a plain tensor of numbers"):
+        with pytest.raises(CheckpointError, match=r"and is refused|not a tensor of plain numbers"):
             read_weights(path)
 
 
