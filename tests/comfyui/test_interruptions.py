@@ -221,9 +221,10 @@ def test_the_report_names_blended_tiles(comfy: Comfy, load_vae: LoadVAE) -> None
     tiles = comfy.pack("vae_core").ReferencePlan(64, 0.25)
     chunks = list(vae.decode_chunks(torch.randn(1, 4, 2, 8, 14), run, tiles=tiles))
     assert chunks[0].shape == (1, 5, 64, 112, 3)
-    report = run.finish()
-    assert "Official tiles of 64 px, 2 per chunk" in report
-    assert "Result: not exact: blended" in report
+    head, *details = run.finish().splitlines()
+    assert head.startswith("5 frames")
+    assert "not exact: blended" in head
+    assert "Official tiles of 64 px, 2 per chunk" in details
 
 
 # ---------------------------------------------------------------------------------------------------- session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_it_is_encode_and_decode(comfy: Comfy, load_vae: LoadVAE, name: str, lay
     assert "7 frames of 50x30" in table
     for part in ("encoding: 7 frames 50x30, ", "decoding: 7 frames 50x30, ", "fps, exact", "float32 on cpu"):
         assert part in report
-    assert f"worst {cells(table, 'PSNR')[1]}" in report
+    assert f"worst frame: PSNR {cells(table, 'PSNR')[1]}" in report
 
 
 def test_the_node_says_what_evaluate_and_python_say(comfy: Comfy, load_vae: LoadVAE, models: Path) -> None:
@@ -209,14 +210,35 @@ def page(server: Server) -> Iterator[Page]:
         yield page
 
 
+BOX = (
+    "window.app.graph._nodes.find(node => node.type === 'CVIV_RoundTrip')"
+    ".widgets?.find(widget => widget.name === 'cviv_report')?.element"
+)
+
+
+def check_report(page: Page) -> None:
+    """One line with what was lost; on a click the rest, with what ran."""
+    page.wait_for_function(f"{BOX}?.querySelector('.cviv-report-line').checkVisibility()")
+    line = page.evaluate(f"{BOX}.querySelector('.cviv-report-line').innerText")
+    assert re.fullmatch(r"PSNR \d+\.\d\d dB, SSIM \d\.\d{4}, 5 frames 320x192", line)
+    for told in (True, False):
+        page.evaluate(f"{BOX}.querySelector('.cviv-report-head').click()")
+        page.wait_for_timeout(300)
+        text = page.evaluate(f"{BOX}.innerText")
+        for start in ("worst frame: PSNR ", "encoding: 5 frames 320x192, ", "decoding: 5 frames 320x192, "):
+            assert (f"\n{start}" in text) == told
+
+
 def test_player_and_report_stand_on_the_node(page: Page, tmp_path: Path) -> None:
-    page.wait_for_function("document.querySelector('.cviv-report')?.innerText.includes('decoding: 5 frames')")
+    page.wait_for_function(BOX)
     found = page.evaluate(
-        "window.app.graph._nodes.find(node => node.type === 'CVIV_RoundTrip').widgets"
-        ".filter(one => one.element).map(one => [one.element.offsetTop, one.element.clientHeight])"
+        "Object.fromEntries(window.app.graph._nodes.find(node => node.type === 'CVIV_RoundTrip').widgets"
+        ".filter(one => one.element).map(one => [one.name, one.element.clientHeight]))"
     )
     assert len(found) == 2
-    assert all(height > 60 for _, height in found)
+    assert 20 < found.pop("cviv_report") < 30  # its line alone
+    assert min(found.values()) > 60
+    check_report(page)
     page.get_by_text("frame 0 of 4").wait_for()  # the player has its pictures
     screenshot(page, "round_trip_classic", tmp_path)
 
@@ -226,9 +248,8 @@ def test_in_nodes_2(page: Page, tmp_path: Path) -> None:
         pytest.skip("this front end has no finished Nodes 2.0")
     page.evaluate("window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
     try:
-        page.wait_for_function(
-            "document.querySelector('[data-node-id] .cviv-report')?.innerText.includes('decoding: 5 frames')"
-        )
+        page.wait_for_function(f"{BOX}?.closest('[data-node-id]')")
+        check_report(page)
         page.get_by_text("frame 0 of 4").wait_for()
         screenshot(page, "round_trip_nodes_2", tmp_path)
     finally:

@@ -67,6 +67,11 @@ def told_of(comfy: Comfy, readers: dict[str, Any], image: Tensor) -> tuple[Any, 
     return positive, negative
 
 
+def seen_of(comfy: Comfy, readers: dict[str, Any], image: Tensor) -> float:
+    """The value of a picture's latent that a `Function` goes by."""
+    return float(told_of(comfy, readers, image)[0][0][1]["concat_latent_image"][0, 0, 0, 0])
+
+
 def sampled(comfy: Comfy, model: Any, conds: tuple[Any, Any], noise: Tensor, latents: Any, steps: int = 4) -> Tensor:
     """Samples of given noise, by SamplerCustomAdvanced."""
 
@@ -117,8 +122,7 @@ def test_passes(comfy: Comfy, readers: dict[str, Any], patched_by_long: str) -> 
     if patched_by_long == "after":
         patched = long_model(comfy, patched, LATENTS, **widgets)
     result = ksampler(comfy, patched, conds, empty(LATENTS, 8), steps=3, cfg=1.0)
-    images = [told_of(comfy, readers, image)[0][0][1]["concat_latent_image"] for image in (start, end)]
-    scaled = [float(image[0, 0, 0, 0]) for image in images]
+    scaled = [seen_of(comfy, readers, image) for image in (start, end)]
     seen = [float(call.image[0]) for call in network.calls]
     assert len(seen) == 6
     order = [0, 1, 1, 0, 0, 1]  # they take turns
@@ -144,28 +148,29 @@ def test_one_picture_for_both_comes_back(comfy: Comfy, readers: dict[str, Any]) 
 def test_a_long_clip_ends_at_it(comfy: Comfy, readers: dict[str, Any]) -> None:
     """By continuation only the last chunk is led to the end image."""
     model, network = function_svd(comfy, lambda call: spread(call.image * SCALE, call))
-    conds = told_of(comfy, readers, torch.zeros(1, 64, 64, 3))
+    start, end = torch.zeros(1, 64, 64, 3), picture(1, 64, 64)
+    conds = told_of(comfy, readers, start)
     patched = long_model(comfy, model, 20, mode="continuation", anchor="moving")
-    result = ksampler(
-        comfy, with_end(comfy, readers, patched, conds[0], picture(1, 64, 64)), conds, empty(20, 8), cfg=1.0
-    )
+    result = ksampler(comfy, with_end(comfy, readers, patched, conds[0], end), conds, empty(20, 8), cfg=1.0)
     assert [call.start for call in network.calls] == [0] * 3 + [6] * 3 + [12] * 6
-    assert torch.allclose(result[:14], result[:1].expand(14, -1, -1, -1), atol=1e-3)
-    assert not torch.allclose(result[-1], result[0], atol=1e-1)
+    first, last = seen_of(comfy, readers, start), seen_of(comfy, readers, end)
+    assert abs(last - first) > 0.05
+    led = first + (last - first) * torch.linspace(0, 1, 8)[2:]  # two are carried over as they were
+    assert torch.allclose(result[:, 0, 0, 0], torch.cat((torch.full((14,), first), led)), atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["windows", "loop"])
 def test_in_windows(comfy: Comfy, readers: dict[str, Any], mode: str) -> None:
     model, network = function_svd(comfy, lambda call: spread(call.image * SCALE, call))
-    conds = told_of(comfy, readers, torch.zeros(1, 64, 64, 3))
+    start, end = torch.zeros(1, 64, 64, 3), picture(1, 64, 64)
+    conds = told_of(comfy, readers, start)
     patched = long_model(comfy, model, 20, mode=mode)
-    result = ksampler(
-        comfy, with_end(comfy, readers, patched, conds[0], picture(1, 64, 64)), conds, empty(20, 8), cfg=1.0
-    )
+    result = ksampler(comfy, with_end(comfy, readers, patched, conds[0], end), conds, empty(20, 8), cfg=1.0)
     assert len(network.calls) == 3 * 2 * (3 if mode == "windows" else 4)
-    first, last = (float(conds[0][0][1]["concat_latent_image"][0, 0, 0, 0]), float(result[-1, 0, 0, 0]))
-    assert float(result[0, 0, 0, 0]) == pytest.approx(first, abs=1e-3)
-    assert last != pytest.approx(first, abs=1e-2)
+    first, last = seen_of(comfy, readers, start), seen_of(comfy, readers, end)
+    assert abs(last - first) > 0.05
+    led = first + (last - first) * torch.linspace(0, 1, 20)
+    assert torch.allclose(result[:, 0, 0, 0], led, atol=1e-3)
 
 
 def test_refusals(comfy: Comfy, readers: dict[str, Any]) -> None:

@@ -115,7 +115,9 @@ def test_memory_does_not_grow_with_the_clip(tmp_path: Path, weights: Path) -> No
         used[first] = tensor_bytes()
 
     outputs = {"plain": tmp_path / "plain.mp4", "beside": tmp_path / "beside.mp4"}
-    quality, _ = reconstruct(vae_core.load(weights), clip, **outputs, seed=None, advance=lambda count: None, watch=watch)
+    quality, _ = reconstruct(
+        vae_core.load(weights), clip, **outputs, seed=None, advance=lambda count: None, watch=watch
+    )
     assert len(quality.psnr) == 97
     one_frame = 3 * 32 * 48 * 4
     assert list(used) == [0, 17, 33, 49, 65, 81]

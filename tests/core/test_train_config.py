@@ -7,7 +7,8 @@ from textwrap import dedent
 
 import pytest
 
-from vae_core.training.config import ConfigError, TrainConfig, as_table, changes, read_config
+from vae_core.training.config import TrainConfig, read_config
+from vae_core.training.tables import ConfigError, as_table, changes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = """

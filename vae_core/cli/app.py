@@ -1,39 +1,24 @@
 """The commands."""
 
 import time
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from .. import __version__
 from ..door.downloads import OFFICIAL_FILES, download
 from ..door.loading import DEMO_FOLDER, load
 from ..door.vae import VideoVAE
-from ..media.latents import SOUND_ENDING, TENSOR, LatentFile, open_latent, sound_name
+from ..media.latents import SOUND_ENDING, LatentFile, open_latent, sound_name
 from ..media.pictures import is_picture
-from ..media.video import check_output_name, losses, probe
-from ..weights.files import SUFFIXES
-from ..weights.headers import UnreadableError, read_header, sniff
+from ..media.video import check_output_name
 from . import report
+from .blocks import kind_of_file, latent_block, name_of, video_block
 from .encode_dataset import encode_dataset_command
 from .evaluate import build_set_command, evaluate_command
-from .guard import UserError, err, guarded, note, out, say, set_debug
+from .guard import UserError, guarded, note, out, say, set_debug
 from .inflate import inflate_command
 from .options import (
     Bits,
@@ -56,10 +41,10 @@ from .options import (
     load_weights,
 )
 from .plan import plan_command
+from .progress import bar_of, progress
 from .svd_adapter import train_svd_adapter_command
 from .train import train_command
 from .work import (
-    Advance,
     Clip,
     Form,
     Quality,
@@ -123,14 +108,14 @@ def info(
     file: Annotated[Path, typer.Argument(help="Weights (file or folder), a latent file, a video or a picture.")],
 ) -> None:
     """Say what a weights file, a latent file or a video holds."""
-    kind = _kind(file)
+    kind = kind_of_file(file)
     if kind == "latent":
-        say(_latent_block(open_latent(file)))
+        say(latent_block(open_latent(file)))
     elif kind == "video":
-        say(_video_block(file))
+        say(video_block(file))
     else:
         vae = load(str(file), dtype=None)
-        say(f"{file}\n{vae.info}\nstored as        {_name(vae.dtype)}")
+        say(f"{file}\n{vae.info}\nstored as        {name_of(vae.dtype)}")
 
 
 @app.command("encode")
@@ -157,9 +142,9 @@ def encode_command(
     if clip.info.has_audio:
         check_outputs((path.with_name(sound_name(path)),), overwrite=overwrite, inputs=(video,))
     vae = load_weights(weights, dtype, device)
-    with _progress("encoding", clip.frames) as advance:
+    with progress("encoding", clip.frames) as advance:
         encode(vae, clip, path, seed=seed, advance=advance)
-    say(_latent_block(open_latent(path)))
+    say(latent_block(open_latent(path)))
 
 
 @app.command("decode")
@@ -205,7 +190,7 @@ def decode_command(
         note("Pictures hold no sound; it is left out.")
     if is_picture(path) and file.meta.times is not None:
         note("Pictures hold no times; those of the frames are left out.")
-    with _progress("decoding", file.meta.frames) as advance:
+    with progress("decoding", file.meta.frames) as advance:
         told = decode(vae, file, paths, form, sound=None if is_picture(path) else sound, advance=advance)
     _say_told(told)
     _say_written((_kind_of(path), made) for made in paths)
@@ -244,7 +229,7 @@ def reconstruct_command(
     _check_name(plain, form)
     check_outputs((plain, beside), overwrite=overwrite, inputs=(video,), frames=clip.frames)
     vae = load_weights(weights, dtype, device)
-    with _progress("reconstructing", clip.frames) as advance:
+    with progress("reconstructing", clip.frames) as advance:
         quality, told = reconstruct(vae, clip, plain=plain, beside=beside, form=form, seed=seed, advance=advance)
     _say_told(told)
     out.print(report.quality_table(quality, out.width))
@@ -264,7 +249,7 @@ def download_command(
     official = OFFICIAL_FILES.get(name)
     if official is None:
         raise UserError(f"{name!r} is not a published file; choose one of {', '.join(OFFICIAL_FILES)}.")
-    with _bar("downloading", None, unit="MB") as (bar, task):
+    with bar_of("downloading", None, unit="MB") as (bar, task):
 
         def report_bytes(here: int, total: int | None) -> None:
             bar.update(task, completed=here // 10**6, total=None if total is None else total // 10**6)
@@ -297,7 +282,7 @@ def demo(
     pickers: list[report.FramePicker] = []
     for name, (plain, beside) in videos.items():
         vae, picker, began = load_weights(name, dtype, device), report.FramePicker(shown), time.monotonic()
-        with _progress(name, clip.frames) as advance:
+        with progress(name, clip.frames) as advance:
             quality, _ = reconstruct(vae, clip, plain=plain, beside=beside, seed=None, advance=advance, watch=picker)
         results.append((f"{name} (z {vae.info.latent_channels})", quality, time.monotonic() - began))
         pickers.append(picker)
@@ -366,28 +351,6 @@ def _load_for(file: LatentFile, weights: str | None, dtype: DType, device: str) 
     return vae
 
 
-class _Speed(ProgressColumn):
-    """Frames per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.1f}/s", style="progress.data.speed")
-
-
-@contextmanager
-def _bar(what: str, total: int | None, unit: str) -> Generator[tuple[Progress, TaskID], None, None]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    with Progress(
-        *columns, _Speed(), TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal
-    ) as bar:
-        yield bar, bar.add_task(what, total=total)
-
-
-@contextmanager
-def _progress(what: str, total: int | None) -> Generator[Advance, None, None]:
-    with _bar(what, total, "frames") as (bar, task):
-        yield lambda count: bar.advance(task, count)
-
-
 def _say_written(files: Iterable[tuple[str, Path]]) -> None:
     for name, path in files:
         say(f"{name}: {path}")
@@ -396,59 +359,3 @@ def _say_written(files: Iterable[tuple[str, Path]]) -> None:
 def _say_told(told: Iterable[str]) -> None:
     for sentence in dict.fromkeys(told):
         note(f"{sentence[0].upper()}{sentence[1:]}.")
-
-
-def _kind(path: Path) -> str:
-    """ "latent", "video" or "weights", by what the file holds."""
-    if path.is_dir() or not path.exists() or path.suffix.lower() in SUFFIXES:
-        return "latent" if _is_latent(path) else "weights"
-    try:
-        sniff(path)
-    except UnreadableError:
-        return "video"
-    return "latent" if _is_latent(path) else "weights"
-
-
-def _is_latent(path: Path) -> bool:
-    try:
-        return TENSOR in read_header(path).shapes
-    except UnreadableError:
-        return False
-
-
-def _latent_block(file: LatentFile) -> str:
-    meta, (clips, channels, length, height, width) = file.meta, file.shape
-    lines = [
-        str(file.path),
-        f"family           {meta.family}",
-        f"latent           {length} frames of {width}x{height}, {channels} channels, {_name(file.dtype)}",
-        f"video            {meta.frames} frames of {meta.width}x{meta.height}, {float(meta.fps):g} frames/s",
-        f"scaled           {'yes, by the VAE' if meta.scaled else 'no, the sampler does it'}",
-        f"sound in         {meta.audio or 'none'}",
-    ]
-    if clips > 1:
-        lines.insert(2, f"clips            {clips}")
-    if meta.aspect != 1:
-        lines.append(f"pixel shape      {meta.aspect.numerator}:{meta.aspect.denominator}")
-    if meta.times is not None:
-        lines.append(f"frame times      of their own, {float(meta.times[-1]):.3f} s in all")
-    return "\n".join(lines)
-
-
-def _video_block(path: Path) -> str:
-    found = probe(path)
-    frames = found.frames or f"about {found.expected_frames or '?'}"
-    tracks = f", the first of {found.sounds} tracks" if found.sounds > 1 else ""
-    lines = [
-        str(path),
-        f"{'picture' if found.still else 'video'.ljust(7)}          {found.width}x{found.height}, {found.codec}",
-        f"frames           {frames} at {float(found.fps):g} frames/s",
-        f"sound            {found.audio_codec or 'none'}{tracks}",
-    ]
-    if found.aspect != 1:
-        lines.append(f"pixel shape      {found.aspect.numerator}:{found.aspect.denominator}")
-    return "\n".join(lines + [f"note             {ending}" for ending in losses(found)])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,12 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from ..training import processes
 from ..training.checkpoint import TrainingError
-from ..training.config import ConfigError, TrainConfig, read_config
+from ..training.config import TrainConfig, read_config
 from ..training.data import TrainingDataError
 from ..training.iv_image import InflationError
 from ..training.journal import has_tensorboard
 from ..training.loop import FINAL, Trainer, Watch
 from ..training.losses import LossError
+from ..training.tables import ConfigError
 from .guard import UserError, err, guarded, note, out
 
 WRONG_INPUT = (ConfigError, TrainingDataError, InflationError, LossError)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .clips import Batch, BatchKind
-from .config import CameraMovesConfig, ConfigError
+from .config import CameraMovesConfig
 from .data import ImagePool, procedural_images, read_photographs
 from .draws import generator_for
 from .photographs import from_scikit_image
+from .tables import ConfigError
 
 IMAGE_SIDE = 192  # pixels of a procedural image
 PHOTO_SHARE = 0.7

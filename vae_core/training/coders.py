@@ -16,9 +16,10 @@ from ..families import FAMILIES, Network
 from ..families.cv_vae import CVVAEConfig
 from ..families.image_vae import IMAGE_VAE, OUR_EPS, ImageVAEConfig
 from ..families.iv_vae import IV_VAE, IVVAEConfig
-from .config import ConfigError, ModelConfig, TrainConfig
+from .config import ModelConfig, TrainConfig
 from .inflation import IVImageWeights, inflate, read_image_vae
 from .iv_image import IVImageConfig, IVImageVAE
+from .tables import ConfigError
 
 logger = logging.getLogger("cviv_vae.training")
 

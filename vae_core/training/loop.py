@@ -18,7 +18,7 @@ from . import processes
 from .checkpoint import WEIGHTS, Checkpoints, TrainingError, read_checkpoint
 from .clips import Batch
 from .coders import Coder, make_coder
-from .config import TrainConfig, as_table, changes
+from .config import TrainConfig
 from .discriminator import PatchDiscriminator
 from .draws import Draws, draw
 from .journal import Journal
@@ -26,6 +26,7 @@ from .losses import discriminator_hinge, find_lpips
 from .objective import Objective, Trained, check_channels, full
 from .schedule import Optimizers
 from .sources import frozen_image_vae, open_batches
+from .tables import as_table, changes
 from .validation import Validation, validate, validation_clips
 
 FINAL = "final.safetensors"

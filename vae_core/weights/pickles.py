@@ -176,7 +176,7 @@ class _Reader(_PythonUnpickler):
     def find_class(self, module: str, name: str, /) -> _Known:
         full = f"{module}.{name}"
         if full == "collections.OrderedDict":
-            return _Known(full, _empty)
+            return _Known(full, _ordered)
         if full in _PASSED_OVER:
             return _Known(full, _nothing)
         if module in ("torch", "torch.storage") and name in _STORAGES:
@@ -270,10 +270,19 @@ def _called(known: object, arguments: object) -> object:
     return known.call(*given)
 
 
-def _empty(*arguments: object) -> OrderedDict[object, object]:
-    if arguments:
-        raise _damaged("a dict that is made of something")
-    return OrderedDict()
+def _ordered(pairs: object = (), *rest: object) -> OrderedDict[object, object]:
+    """An OrderedDict: empty, or of a list of pairs, as Python 2 wrote it."""
+    if rest or not isinstance(pairs, (list, tuple)):
+        raise _damaged("a dict that is made of something else than pairs")
+    found: OrderedDict[object, object] = OrderedDict()
+    for pair in cast("list[object]", pairs):
+        if not isinstance(pair, (list, tuple)) or len(cast("list[object]", pair)) != 2:
+            raise _damaged("a dict that is made of something else than pairs")
+        key, value = cast("tuple[object, object]", tuple(cast("list[object]", pair)))
+        if not isinstance(key, (str, int)):
+            raise _damaged("a dict with a key that is neither a text nor a number")
+        found[key] = value
+    return found
 
 
 def _nothing(*_: object) -> None:
