@@ -112,9 +112,10 @@ def test_plan(comfy: Comfy, load_vae: LoadVAE) -> None:
             "CVIV_Plan", vae=load_vae("demo-image-vae"), direction=direction, memory_budget_gb=0.05, **told
         )
         assert picture_of.shape[-1] == 3
-        assert f"{direction} 25 frames of 1024x576 with image-vae" in report
-        assert "25 chunks" in report
-        assert "Result: exact" in report
+        head, loaded, *words = report.splitlines()
+        assert head == f"{direction} 25 frames 1024x576: exact"
+        assert loaded.startswith("image-vae, float32 on ")
+        assert "; 25 chunks in time" in words[0]
 
 
 @pytest.mark.parametrize("layout", ["auto", "separate images"])

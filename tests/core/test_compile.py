@@ -101,3 +101,38 @@ def test_a_method_compiled_from_outside_gives_what_it_gave(family: str, small_va
     expected, got = getattr(vae, call)(given), torch.compile(getattr(vae, call), backend=backend)(given)
     for mine, right in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, expected)), strict=True):
         assert torch.equal(mine, right)
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_out_of_memory_in_a_compiled_run_goes_on_in_tiles(family: str, small_vae: Make, fails: int) -> None:
+    """What layers remember of earlier chunks goes over, whichever way these ran."""
+    vae = small_vae(family)
+    _, latent = clips(vae)
+    expected = vae.decode(latent)
+    calls: list[int] = []
+
+    def backend(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            calls.append(1)
+            if len(calls) == fails:
+                raise torch.cuda.OutOfMemoryError("injected")
+            return graph.forward(*args)
+
+        return run
+
+    vae.compile(backend=backend)
+    got = vae.decode(latent, recover=lambda error, plan: TilePlan(tile=1))
+    assert len(calls) >= min(fails, 2)
+    assert (got - expected).abs().max() <= 1e-10 * expected.std()
+
+
+def test_a_compiled_vae_gives_its_type_in_autocast_and_tells_of_chunks(small_vae: Make) -> None:
+    vae = small_vae("iv-vae", torch.float32)
+    latent = clips(vae)[1].float()
+    vae.compile(backend=Backend())
+    expected, told = vae.decode(latent), []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vae.decode(latent), expected)
+    for chunk in vae.decode_stream(latent, between=lambda: told.append(1)):
+        del chunk
+    assert len(told) == 4

@@ -125,10 +125,24 @@ def test_a_graph_is_refused_with_the_way_out(family: str, small_vae: Make) -> No
         close(got, vae.decode(latent), 1e-10)
 
 
-@pytest.mark.parametrize("tile", [0, (3, 0), -1, (2.5, 3), (1, 2, 3)])
+@pytest.mark.parametrize("tile", [0, (3, 0), -1, (2.5, 3), (1, 2, 3), 8.0, None, True, (None, 3), (8.0, None), "8"])
 def test_a_tile_that_is_none_is_refused(tile: Any) -> None:
     with pytest.raises(ValueError, match=r"at least 1 \(8 pixels\).*tile=32"):
         TilePlan(tile=tile)
+
+
+def test_a_tile_may_be_a_list() -> None:
+    assert TilePlan(tile=[3, 4]) == TilePlan(tile=(3, 4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("plan", ["tiles", 16, object()])
+def test_a_plan_that_is_none_is_refused(small_vae: Make, plan: Any) -> None:
+    vae = small_vae("cv-vae")
+    latent = torch.zeros(1, 4, 1, 2, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"needed is a TilePlan, .* give `\.tiles`"):
+        vae.decode(latent, plan=plan)
+    with pytest.raises(ValueError, match="The plan is a Plan; needed"):
+        vae.decode(latent, plan=vae.plan_decode(latent.shape))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------- regions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -142,6 +144,32 @@ def test_a_decode_is_by_the_weights_as_they_are(
     for mine, expected, old in zip(got, (fresh.decode(latent), fresh.encode(video)), before, strict=True):
         assert torch.equal(mine, expected)
         assert (mine - old).abs().max() > 0.1 * old.std()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_layer_in_place_of_another_is_the_one_that_runs(
+    family: str, small_vae: Callable[..., VideoVAE], plain: bool
+) -> None:
+    """As LoRA and quantization do it; after a first run."""
+    vae = small_vae(family)
+    latent = torch.randn(1, vae.info.latent_channels, 2, 2, 3, dtype=torch.float64)
+    run = vae.model.decode if plain else vae.decode
+    assert run(latent).abs().max() > 0
+    decoder: Any = vae.model.decoder
+    last = copy.deepcopy(decoder.conv_out)
+    for weight in last.parameters():
+        weight.zero_()
+    decoder.conv_out = last
+    assert run(latent).abs().max() == 0
+
+
+def test_a_network_is_pickled_and_copied(family: str, small_vae: Callable[..., VideoVAE]) -> None:
+    vae = small_vae(family)
+    latent = torch.randn(1, vae.info.latent_channels, 2, 2, 3, dtype=torch.float64)
+    expected = vae.decode(latent)
+    for network in (pickle.loads(pickle.dumps(vae.model)), copy.deepcopy(vae.model)):
+        assert network.family is vae.model.family
+        assert torch.equal(VideoVAE(network).decode(latent), expected)
 
 
 # ---------------------------------------------------------------------------------------------- how clips lie

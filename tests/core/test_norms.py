@@ -238,6 +238,10 @@ def test_attention_in_rows_and_batches_is_attention(rows: int, monkeypatch: pyte
     torch.testing.assert_close(attention(q, k, v, plain=True), expected, rtol=0, atol=1e-12)
 
 
+def test_batches_of_attention_are_ones_that_every_torch_can_do() -> None:
+    assert operators.MOST_BATCHES < 2**16
+
+
 def test_one_read_and_one_write() -> None:
     """As the profile counts them: the norm writes straight into the input of the convolution; nothing else is held."""
     with torch.device("meta"):

@@ -344,7 +344,9 @@ def test_every_way_to_run_says_whether_it_is_exact(full_vae: VideoVAE) -> None:
 @pytest.mark.parametrize("shape", [(1, 3, 4, 4), (1, 5, 1, 4, 4), (1, 4, 0, 4, 4)])
 def test_a_wrong_shape_is_refused(small_vae: Callable[..., VideoVAE], shape: tuple[int, ...]) -> None:
     vae = small_vae("cv-vae")
-    with pytest.raises(ValueError, match=r"needs \(batch, 4, frames, height, width\), none of them 0"):
+    with pytest.raises(
+        ValueError, match=r"needs \(batch, 4, frames, height, width\), whole numbers and none of them 0"
+    ):
         vae.plan_decode(shape)
     with pytest.raises(ValueError, match=r"needs \(batch, 3, frames, height, width\)"):
         vae.plan_encode((1, 4, 1, 8, 8))

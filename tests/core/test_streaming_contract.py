@@ -7,6 +7,7 @@ independent; nothing is held afterwards.
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 
@@ -299,3 +300,41 @@ def test_decoding_is_differentiable_in_the_latent(family: str, small_vae: Callab
     assert latent.grad is not None
     assert (latent.grad.abs().sum(dim=(0, 1, 3, 4)) > 0).all()
     assert not vae.decode(latent.detach()).requires_grad
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["gradients first", "gradients later"])
+def test_gradients_may_be_asked_for_in_mid_stream(
+    family: str, small_vae: Callable[..., vae_core.VideoVAE], first: bool
+) -> None:
+    """Layers remember what they do, by whichever operators they ran."""
+    vae = small_vae(family)
+    torch.manual_seed(0)
+    latent = torch.randn(1, vae.info.latent_channels, 9, 2, 3, dtype=torch.float64)
+    expected = vae.decode(latent)
+    vae.model.requires_grad_(True)
+    stream = vae.decode_stream(latent)
+    chunks: list[Tensor] = []
+    for count in (1, 1, 100):
+        with torch.set_grad_enabled(first == (len(chunks) == 0)):
+            chunks += itertools.islice(stream, count)
+    got = torch.cat(chunks, dim=2)
+    assert (got - expected[:, :, : got.shape[2]]).abs().max() <= 1e-11 * expected.std()
+    assert got.requires_grad
+
+
+def test_clips_may_be_written_over_once_the_next_is_asked_for(
+    family: str, small_vae: Callable[..., vae_core.VideoVAE]
+) -> None:
+    vae = small_vae(family)
+    torch.manual_seed(0)
+    video = torch.randn(1, 3, 21, 13, 16, dtype=torch.float64)
+
+    def lent() -> Iterator[Tensor]:
+        buffer = torch.empty(1, 3, 4, 13, 16, dtype=torch.float64)
+        for frames in video.split(4, dim=2):
+            room = buffer[:, :, : frames.shape[2]]
+            yield room.copy_(frames)
+            buffer.fill_(torch.nan)
+
+    got = torch.cat(list(vae.encode_stream(lent(), pad=True)), dim=2)
+    assert torch.equal(got, vae.encode(video, pad=True))

@@ -26,7 +26,7 @@ def plan_command(
     way: Annotated[Way, typer.Option("--way", help="decode or encode.")] = Way.DECODE,
     budget: Annotated[
         float | None,
-        typer.Option("--budget", min=0, help="Device memory in GiB beside the weights; without: no limit."),
+        typer.Option("--budget", min=0.001, help="Device memory in GiB, without the weights; if left out: no limit."),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option("--picture", help="Where to write the tiles as a PNG; without: nowhere.")

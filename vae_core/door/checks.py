@@ -12,6 +12,10 @@ from ..families import Compression
 def check_clip(x: Tensor, family: str, channels: int, what: str, values: str) -> None:
     """Raise ValueError unless `x` is a floating-point (b, channels, t, h, w) without empty dimensions but t."""
     layout = f"(batch, {channels}, frames, height, width)"
+    if not isinstance(x, Tensor):  # type: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(
+            f"The {what} is a {type(x).__name__}; {family} needs a tensor {layout}: torch.as_tensor makes one."
+        )
     if x.ndim != 5 or x.shape[1] != channels or 0 in (x.shape[0], *x.shape[3:]):
         raise ValueError(
             f"The {what} has shape {tuple(x.shape)}; {family} needs {layout}, none of them 0 but frames in a stream."
@@ -43,9 +47,9 @@ def _shape_hint(x: Tensor, channels: int) -> str:
     """What to do about a common mistake, as a sentence to append."""
     if x.ndim == 4 and x.shape[1] == channels:
         return " A batch of frames (frames, channels, height, width) becomes one clip by x.movedim(0, 1)[None]."
-    if x.ndim == 5 and x.shape[2] == channels:
+    if x.ndim == 5 and x.shape[1] != channels and x.shape[2] == channels:
         return " Channels seem to come after frames: x.transpose(1, 2) swaps them."
-    if x.ndim == 5 and x.shape[1] in (4, 8, 16, 32):
+    if x.ndim == 5 and x.shape[1] != channels and x.shape[1] in (4, 8, 16, 32):
         return f" A latent with {x.shape[1]} channels is of another VAE: load the one that made it."
     return ""
 
@@ -77,6 +81,6 @@ def size_checked(chunk: Tensor, size: tuple[int, int] | None, space: int) -> Ten
 
 def checked_bytes(count: int | None, name: str) -> int | None:
     """The number, if it is one of bytes."""
-    if count is not None and count < 1:
+    if count is not None and not count >= 1:
         raise ValueError(f"{name}={count} was given; it is a number of bytes above 0. Leave it out for no limit.")
     return count

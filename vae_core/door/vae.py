@@ -357,10 +357,10 @@ class VideoVAE:
     def _task(self, shape: Sequence[int], direction: Direction, dtype: torch.dtype | None) -> Task:
         model, decoding = self.model, direction == "decode"
         channels = model.config.latent_channels if decoding else 3
-        if len(shape) != 5 or shape[1] != channels or min(shape) < 1:
+        if len(shape) != 5 or shape[1] != channels or min(shape) < 1 or any(n % 1 for n in shape):
             raise ValueError(
                 f"A plan to {direction} was asked for shape {tuple(shape)}; {self.family} needs (batch, {channels}, "
-                "frames, height, width), none of them 0."
+                "frames, height, width), whole numbers and none of them 0."
             )
         batch, _, frames, height, width = shape
         cells = self._compression.cells

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any, Literal
 
 import torch
@@ -81,18 +82,29 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._steps: dict[Direction, tuple[Step, ...]] = {}
+        self._steps: dict[Direction, tuple[list[nn.Module], tuple[Step, ...]]] = {}
 
     def steps(self, direction: Direction) -> tuple[Step, ...]:
-        """The network's own way; raises ValueError where it has not this half."""
-        if direction not in self._steps:
-            if direction not in self.halves:
-                raise ValueError(
-                    f"These {self.family.id} weights have no {HALVES[direction]}, so they cannot {direction}. Load a "
-                    "file that has one."
-                )
-            self._steps[direction] = self.way(direction)
-        return self._steps[direction]
+        """The network's own way, over the layers that are there now; raises ValueError where it has not this half."""
+        if not torch.compiler.is_compiling():
+            self._refresh(direction)
+        return self._steps[direction][1]
+
+    def _refresh(self, direction: Direction) -> None:
+        """Make the steps, again where somebody put another layer in place of one."""
+        if direction not in self.halves:
+            raise ValueError(
+                f"These {self.family.id} weights have no {HALVES[direction]}, so they cannot {direction}. Load a "
+                "file that has one."
+            )
+        layers = list(self.modules())
+        known = self._steps.get(direction)
+        if known is None or len(known[0]) != len(layers) or any(map(is_not, known[0], layers)):
+            self._steps[direction] = layers, self.way(direction)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the steps, which are made again."""
+        return {**self.__dict__, "_steps": {}}
 
     def way(self, direction: Direction) -> tuple[Step, ...]:
         """The steps of a half that is there."""
@@ -142,6 +154,13 @@ class Network(nn.Module):
         return tuple(d for d in DIRECTIONS if getattr(self, HALVES[d]) is not None)
 
 
+def _known(name: str) -> Family:
+    """The family of this id, for who unpickles a network."""
+    from . import FAMILIES
+
+    return FAMILIES[name]
+
+
 def _nothing(config: Any) -> dict[str, float]:
     return {}
 
@@ -177,6 +196,9 @@ class Family:
     clamp: tuple[float, float] | None = None
     reference_tiles: bool = False
 
+    def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
+        return _known, (self.id,)
+
     def windows(self, direction: Direction) -> Windows:
         """How a clip is cut in time."""
         return self.frames if direction == "encode" else self.latents
@@ -198,6 +220,8 @@ class Family:
         for name, module in network.named_modules():
             if isinstance(module, Streaming):
                 module.slot = name
+        for direction in network.halves:
+            network.steps(direction)  # for who compiles before anything ran
         return network
 
     def halves_in(self, shapes: Shapes) -> tuple[Direction, ...]:

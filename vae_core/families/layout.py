@@ -75,24 +75,24 @@ class Half(nn.Module):
 
     def __init__(self, kit: Kit) -> None:
         super().__init__()
-        self.kit = kit
+        self.reach = kit.reach
         self.levels = nn.ModuleList()
 
-    def _add_levels(self, width: int, widths: Iterable[int], blocks: int, resample: str) -> int:
+    def _add_levels(self, kit: Kit, width: int, widths: Iterable[int], blocks: int, resample: str) -> int:
         """Levels of `widths`, in the order they run, after something of `width`; returns the last width."""
         for i, width_out in enumerate(widths):
             level = nn.ModuleDict()
             for j in range(blocks):
-                level[f"block_{j}"] = ResidualBlock(width, width_out, self.kit)
+                level[f"block_{j}"] = ResidualBlock(width, width_out, kit)
                 width = width_out
             if i < LEVELS - 1:
-                level[resample] = self.kit.resample(width, i)
+                level[resample] = kit.resample(width, i)
             self.levels.append(level)
         return width
 
-    def _middle(self, width: int) -> nn.ModuleList:
-        between = nn.Identity() if self.kit.attention is None else self.kit.attention(width)
-        return nn.ModuleList([ResidualBlock(width, width, self.kit), between, ResidualBlock(width, width, self.kit)])
+    def _middle(self, kit: Kit, width: int) -> nn.ModuleList:
+        between = nn.Identity() if kit.attention is None else kit.attention(width)
+        return nn.ModuleList([ResidualBlock(width, width, kit), between, ResidualBlock(width, width, kit)])
 
     def _middle_steps(self, middle: nn.ModuleList) -> list[Step]:
         steps: list[Step] = []
@@ -110,7 +110,7 @@ class Half(nn.Module):
                 steps += layer.steps()
             else:
                 assert isinstance(layer, Layer)
-                steps.append(Step(layer=layer, reach=self.kit.reach))
+                steps.append(Step(layer=layer, reach=self.reach))
         return steps
 
 
@@ -122,8 +122,8 @@ class Encoder(Half):
     ) -> None:
         super().__init__(kit)
         self.conv_in = kit.conv(3, widths[0])
-        width = self._add_levels(widths[0], widths, blocks, "down")
-        self.middle = self._middle(width)
+        width = self._add_levels(kit, widths[0], widths, blocks, "down")
+        self.middle = self._middle(kit, width)
         self.norm_out = kit.norm(width)
         self.conv_out = kit.conv(width, 2 * channels)
         self.quant = FrameConv(2 * channels, 2 * channels, 1) if quantize else None
@@ -143,8 +143,8 @@ class Decoder(Half):
         super().__init__(kit)
         self.quant = FrameConv(channels, channels, 1) if quantize else None
         self.conv_in = kit.conv(channels, widths[-1])
-        self.middle = self._middle(widths[-1])
-        width = self._add_levels(widths[-1], reversed(widths), blocks + 1, "up")  # coarsest first
+        self.middle = self._middle(kit, widths[-1])
+        width = self._add_levels(kit, widths[-1], reversed(widths), blocks + 1, "up")  # coarsest first
         self.norm_out = kit.norm(width)
         self.conv_out = kit.conv(width, 3)
 

@@ -105,7 +105,8 @@ class Pass:
     """One direction of one video. State: a track for each tile, and the progress of the current chunk.
 
     plan: None for whole frames. compiled: `Network.chunk`, compiled; whole frames then run by it. between: called after
-    every step of every tile. Where gradients are asked for, torch's own operators run over whole frames.
+    every step of every tile; after every chunk where steps are not seen, which is compiled or for gradients. Where
+    gradients are asked for, torch's own operators run over whole frames.
     Raises ValueError for a plan that the family does not know.
     """
 
@@ -131,7 +132,6 @@ class Pass:
         self._latent: Size = (0, 0)  # of a frame
         self._segments: list[Segment] = []
         self._tracks: list[Track] = []
-        self._held: dict[str, Tensor] = {}  # what layers remember where whole frames run by torch's own operators
         self._progress: Progress | None = None
 
     def run(self, chunk: Tensor) -> Tensor:
@@ -142,17 +142,18 @@ class Pass:
         """
         self._device = chunk.device
         graph = needs_graph(chunk, self.network)
-        if graph and self.plan is not None:
+        if graph and (self.plan is not None or len(self._tracks) > 1):
             raise ValueError(
                 "Tiles keep nothing for gradients, and the input or the model requires them. Leave plan out, or run "
                 "under torch.no_grad()."
             )
+        compiled = self._compiled if self.plan is None and len(self._tracks) < 2 and not graph else None
         try:
-            if graph or (self._compiled is not None and self.plan is None):
-                out = self._plain(chunk, self.network.chunk if graph or self._compiled is None else self._compiled)
+            if graph:
+                out = self._plain(chunk, self.network.chunk)
             else:
                 with _no_autocast(chunk.device):
-                    out = self._run(chunk)
+                    out = self._run(chunk) if compiled is None else self._plain(chunk, compiled)
         finally:
             if not self._streams:
                 self._progress = None
@@ -175,8 +176,16 @@ class Pass:
         return run_blended(chunk, lambda tile: self._frame(laid_out(tile)), source=source, target=target)
 
     def _plain(self, chunk: Tensor, run: Compiled) -> Tensor:
-        first = self._first or not self._streams  # to others every chunk is the same kind
-        out, self._held = run(self.direction, chunk, self._held, first)
+        """Whole frames by torch's own operators, which tell of no step; layers remember what they do otherwise, too."""
+        if not self._streams:
+            out, _ = run(self.direction, chunk, {}, True)  # to them every chunk is the same kind
+        else:
+            if not self._tracks:
+                self._lay_out(segments(self.steps, (chunk.shape[-2], chunk.shape[-1])))
+            (track,) = self._tracks
+            out, held = run(self.direction, chunk, track.memory.snapshot(), self._first)
+            track.memory.restore(held)
+        self._between()
         return out
 
     def _frame(self, chunk: Tensor) -> Tensor:
@@ -329,6 +338,11 @@ class Pass:
 
 
 def _allowed(plan: AnyPlan, network: Network) -> AnyPlan:
+    if plan is not None and not isinstance(plan, (TilePlan, ReferencePlan)):  # type: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(
+            f"The plan is a {type(plan).__name__}; needed is a TilePlan, a ReferencePlan or None for whole frames. Of "
+            "what plan_decode or plan_encode returns, give `.tiles`."
+        )
     if isinstance(plan, ReferencePlan) and not network.family.reference_tiles:
         raise ValueError(
             f"A ReferencePlan is the official tiling of CV-VAE, and this is {network.family.id}, whose official code "

@@ -27,13 +27,18 @@ class TilePlan:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        sides = (self.tile, self.tile) if isinstance(self.tile, int) else self.tile
-        numbers = [side for side in sides if side is not None]
-        if len(sides) != 2 or any(side < 1 or side % 1 for side in numbers):
+        given: object = self.tile
+        sides: tuple[object, ...] = tuple(given) if isinstance(given, (tuple, list)) else (given, given)  # type: ignore[reportUnknownArgumentType]
+        whole = [isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides]
+        if len(sides) == 2 and isinstance(given, (tuple, list)) and sides[1] is None:
+            whole[1] = True
+        if len(sides) != 2 or not all(whole):
             raise ValueError(
                 f"A tile of {self.tile} latents was asked for; a side is a whole number of latents, at least 1 "
                 "(8 pixels). Give one side such as tile=32, or (height, width)."
             )
+        if isinstance(given, list):
+            object.__setattr__(self, "tile", sides)
 
     @property
     def sides(self) -> tuple[int, int | None]:
@@ -63,7 +68,8 @@ class ReferencePlan:
     overlap: float = 0.2222
 
     def __post_init__(self) -> None:
-        fits = self.tile_px >= SPACE and self.tile_px % SPACE == 0 and 0 <= self.overlap <= 0.5
+        whole = type(self.tile_px) is int and self.tile_px >= SPACE and self.tile_px % SPACE == 0
+        fits = whole and 0 <= self.overlap <= 0.5
         if not fits or self.pixels.overlap != SPACE * self.latents.overlap:
             raise ValueError(
                 f"Tiles of {self.tile_px} px with overlap {self.overlap} do not line up in pixels and latents. "

@@ -14,7 +14,8 @@ from ..families import Compression, Windows
 def rechunk(clips: Iterable[Tensor], windows: Windows) -> Iterator[Tensor]:
     """Cut a stream of clips (b, c, t, h, w), of any t, into chunks; the last may be shorter.
 
-    Holds one chunk. A chunk that lies within one clip is a view of it.
+    Holds one chunk. A chunk that lies within one clip is a view of it. A clip may be written over once the next is
+    asked for.
     """
     held: list[Tensor] = []
     count, need, fresh = 0, windows.first, False
@@ -30,6 +31,9 @@ def rechunk(clips: Iterable[Tensor], windows: Windows) -> Iterator[Tensor]:
             count, fresh = rest.shape[2], rest.shape[2] > windows.overlap
             need = windows.overlap + windows.step
             del joined, rest
+        if held:
+            held[-1] = held[-1].clone()  # whoever gives the clips may write the next one where this one lies
+        del clip
     if fresh:
         yield held[0] if len(held) == 1 else torch.cat(held, dim=2)
 
@@ -62,7 +66,7 @@ def pad_stream(clips: Iterable[Tensor], compression: Compression) -> Iterator[Te
         if clip.shape[2]:
             padded = pad_space(clip, compression.space)
             count += padded.shape[2]
-            last = padded[:, :, -1:]
+            last = padded[:, :, -1:].clone()
             yield padded
     if last is not None:
         missing = compression.pixel_frames(compression.latent_frames(count)) - count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -96,7 +95,6 @@ class TimeRun(NamedTuple):
     taps: tuple[tuple[int, ...], ...]
 
 
-@lru_cache(maxsize=256)
 def runs_in_time(frames: int, stride: int, padding: tuple[int, int], replicate: bool) -> tuple[TimeRun, ...]:
     """The output frames of a kernel of three taps, in runs that see the same taps."""
     runs: list[TimeRun] = []

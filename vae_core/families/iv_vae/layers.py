@@ -175,6 +175,9 @@ class PixelConv(SeparatedConv):
         if self.conv_2d is None:
             return super().forward(clip, at, activation)
         if at.plain or not isinstance(conv, GroupedCausalConv3d):  # every weight takes part, as trainers expect
+            if not at.first and isinstance(conv, GroupedCausalConv3d) and conv.slot not in at.memory:
+                x = clip.tensor()  # any frame will do: only the keyframe, which is left out, would see it
+                at.memory.put(conv.slot, torch.zeros_like(x[:, :, :1]))
             y = super().forward(clip, at, activation)
             return Clip([torch.cat((y.block(0, 3)[:, :, :1], y.block(3, 3)[:, :, 1:]), dim=2)])
         x, _, own = conv_input(clip, at, activation, NEIGHBOURS)
