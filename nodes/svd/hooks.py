@@ -213,7 +213,7 @@ class LongSampling:
 
 
 def _last(options: Any, kind: str) -> None:
-    """Move our wrapper of a kind behind all others, so that one call of theirs covers all windows."""
+    """Move our wrapper of a kind after all others, so that one call of theirs covers all windows."""
     wrappers = dict(options["wrappers"][kind])
     ours = wrappers.pop(KEY)
     options["wrappers"] = {**options["wrappers"], kind: {**wrappers, KEY: ours}}

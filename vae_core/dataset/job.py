@@ -250,7 +250,7 @@ class EncodeJob:
             )
 
     def _plan(self, files: Mapping[str, ClipFile]) -> tuple[PlannedClip, ...]:
-        """The rows that the folder knows, and behind them those that are new."""
+        """The rows that the folder knows, and after them those that are new."""
         path = self.folder / "clips.jsonl"
         known: list[tuple[str, int]] = []
         if path.exists():

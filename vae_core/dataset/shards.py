@@ -58,7 +58,7 @@ def write_clip(path: Path, latent: Tensor, info: ClipInfo) -> None:
 
 
 def read_info(path: Path) -> ClipInfo:
-    """What `write_clip` wrote of a clip beside its latent."""
+    """What `write_clip` wrote of a clip in addition to its latent."""
     return ClipInfo(**json.loads(read_header(path).metadata["clip"]))
 
 

@@ -159,7 +159,7 @@ def choose(
     tiles: ReferencePlan | None = None,
 ) -> Choice:
     """The candidate that `spec` names: demo-cv-vae, a weights file or folder of ours, a folder of one of diffusers'
-    VAEs, or shrink-8x. With "+reference-tiles" behind it, one of ours runs in the official tiles (or in `tiles`).
+    VAEs, or shrink-8x. With "+reference-tiles" at its end, one of ours runs in the official tiles (or in `tiles`).
 
     Raises ValueError where a folder is of a diffusers VAE and diffusers is not installed.
     """

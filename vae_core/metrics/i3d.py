@@ -31,7 +31,7 @@ _MIXED: dict[str, tuple[int, ...]] = {  # 1x1; reduce, 3x3; reduce, 3x3; pooled
 
 
 def _pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Zeros around (b, c, t, h, w) so that every stride-th place has an output, the odd zero behind."""
+    """Zeros around (b, c, t, h, w) so that every stride-th place has an output, the odd zero at the end."""
     pads: list[int] = []
     for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride), strict=True):
         total = max((-(-size // s) - 1) * s + k - size, 0)

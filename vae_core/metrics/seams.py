@@ -165,14 +165,14 @@ class SeamMeter:
 
 
 def _nearest(places: set[int], index: int) -> list[int]:
-    """The nearest places before and behind `index`: a picture has more detail here than there, so look close by."""
+    """The nearest places before and after `index`: a picture has more detail here than there, so look close by."""
     before = sorted((place for place in places if place < index), reverse=True)
-    behind = sorted(place for place in places if place > index)
-    return before[:CLOSE] + behind[:CLOSE]
+    after = sorted(place for place in places if place > index)
+    return before[:CLOSE] + after[:CLOSE]
 
 
 def _lag(border: tuple[int, int]) -> int:
-    """Blocks from the last one before what two tiles share to the first behind it."""
+    """Blocks from the last one before what two tiles share to the first after it."""
     return (border[1] - border[0]) // VIDEO.space + 1
 
 
@@ -202,7 +202,7 @@ def _heat(blocks: Tensor, borders: Borders) -> Tensor:
     for dim, places in ((-1, borders.columns), (-2, borders.rows)):
         lag = max(map(_lag, places), default=1)
         index = torch.arange(blocks.shape[dim])
-        before, behind = ((index + shift).clamp(0, len(index) - 1) for shift in (-(lag // 2), lag - lag // 2))
-        change = blocks.index_select(dim, behind) - blocks.index_select(dim, before)
+        before, after = ((index + shift).clamp(0, len(index) - 1) for shift in (-(lag // 2), lag - lag // 2))
+        change = blocks.index_select(dim, after) - blocks.index_select(dim, before)
         heat += change.abs().mean(1).sum(0)
     return heat

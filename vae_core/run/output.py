@@ -115,7 +115,7 @@ def _made(chunk: Tensor, dtype: torch.dtype, check: bool) -> Frames:
 
 
 class PinnedCourier:
-    """Carries frames of a CUDA device, each beside what the device computes meanwhile."""
+    """Carries frames of a CUDA device, while the device computes the next."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -125,7 +125,7 @@ class PinnedCourier:
         self._pins = True
 
     def send(self, place: int, frames: Frames) -> None:
-        """Begin to copy behind what computes `frames`; their memory is free again once that is done."""
+        """Begin to copy after what computes `frames`; their memory is free again once that is done."""
         room = self._room(place, frames)
         if room is None:
             self._sent[place] = frames.in_ram(), None
@@ -148,7 +148,7 @@ class PinnedCourier:
         return frames
 
     def _room(self, place: int, frames: Frames) -> Frames | None:
-        """Page-locked RAM for `frames`, the flag behind the pixels; None where there is none."""
+        """Page-locked RAM for `frames`, the flag after the pixels; None where there is none."""
         pixels = frames.pixels
         nbytes = pixels.nbytes
         if not pixels.is_cuda or nbytes >= MOST_PINNED or not self._pins:

@@ -55,7 +55,7 @@ class CameraMoves:
         return {"index": self._index}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on behind them."""
+        """Go on after them."""
         self._index = int(state["index"])
 
     def close(self) -> None:

@@ -266,7 +266,7 @@ def _through_time(image: Weights, config: CVVAEConfig, scale: float) -> dict[str
 
     Over still frames attention over time passes its values on. The layer norm before it does not: it divides by the
     deviation over channels. So two channels are given a constant pair (+a, -a), so large that the deviation hardly
-    depends on anything else, and their gain behind the norm is zero; the other channels then pass the norm as they are,
+    depends on anything else, and their gain after the norm is zero; the other channels then pass the norm as they are,
     but for their mean. That leaves three directions fewer than there are channels: the attention's output goes without
     the three that it has least in. What remains is an error of at most 1 / (2 * _HEADROOM)^2 of it, and those three.
     """
@@ -287,7 +287,7 @@ def _through_time(image: Weights, config: CVVAEConfig, scale: float) -> dict[str
     gamma[:2] = 0
     tensors = {
         "proj_out.weight": into @ w_o,
-        "proj_out.bias": constant - into @ w_o @ b_v,  # the constant part comes behind the norm
+        "proj_out.bias": constant - into @ w_o @ b_v,  # the constant part comes after the norm
         "norm_t.weight": gamma,
         "norm_t.bias": torch.zeros(width),
         "v_t.weight": torch.eye(width),

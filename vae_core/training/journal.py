@@ -20,7 +20,7 @@ MOST_COLUMNS = 6
 class Journal:
     """log.jsonl (one line for each entry), events for TensorBoard and samples/ in `folder`.
 
-    What was written behind step `resumed`, by a run that went further than its last checkpoint, is taken back.
+    What was written after step `resumed`, by a run that went further than its last checkpoint, is taken back.
     TensorBoard's events are left out where the package tensorboard is not installed; log.jsonl has all of it.
     """
 

@@ -38,7 +38,7 @@ class BatchSource(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on behind the last batch handed out."""
+        """All that `load_state_dict` needs to go on after the last batch handed out."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -46,7 +46,7 @@ class BatchSource(Protocol):
         ...
 
     def close(self) -> None:
-        """End what runs beside."""
+        """End what runs at the same time."""
         ...
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import OptimizerConfig
 from .optimizer import Muon
 
-MUON_SHARE = 0.2  # of the learning rate, for what AdamW trains beside Muon
+MUON_SHARE = 0.2  # of the learning rate, for what AdamW trains in addition to Muon
 
 
 def rate_factor(step: int, steps: int, *, warm_up: int, least: float) -> float:

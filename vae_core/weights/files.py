@@ -64,7 +64,7 @@ def read_weights(source: str | Path) -> WeightFile:
     The kind is decided by the content. safetensors files and those of `torch.save` are mapped into memory privately
     (copy on write) and each tensor is a view of that mapping, so a 365 MB file takes no RAM until its values are used
     and never a second copy; only the legacy format of PyTorch before 1.6 is read whole. Weights nested in a training
-    checkpoint (CONTAINERS) are unwrapped, what is no tensor beside them (epoch, optimizer state) is left out.
+    checkpoint (CONTAINERS) are unwrapped, what is no tensor in addition to them (epoch, optimizer state) is left out.
 
     Raises CheckpointError, which says what the file seems to be and what to do, for anything that is not weights, is
     damaged, or would need pickled code to be run.
