@@ -2,7 +2,7 @@
 
 Between two points of waiting it goes deep: a tile through all steps up to the next, with what it must see around it. At
 a point of waiting it goes wide: what all tiles gave lies on a `Canvas` before any goes on. Steps that must see whole
-frames run on those. A whole frame is a single tile, cut into strips where a step that waits would hold much in addition.
+frames run on those. A whole frame is a single tile, cut into strips where a step that waits would hold much.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class DataConfig:
 class LossConfig:
     """Reconstruction and KL. Published: l1, lpips_weight 0.5.
 
-    kl_weight: on the KL summed over a clip's latent volume, in addition to a likelihood summed over a frame's pixels. The
+    kl_weight: on the KL summed over a clip's latent volume, next to a likelihood summed over a frame's pixels. The
     published config prints 1.0; the practice of latent diffusion models, and the default here, is 1e-6.
     lpips: a file of VGG-16 or AlexNet; without it torch's cache is looked through. lpips_weight 0 needs no file.
     """

@@ -1,4 +1,4 @@
-"""How well weights reconstruct clips, compared with shrinking and enlarging: the figures that the demo weights are held to.
+"""How well weights reconstruct clips, against shrinking and enlarging: the figures that the demo weights are held to.
 
     python -m vae_core.training.figures demo-cv-vae CLIP.mp4 ...
 
