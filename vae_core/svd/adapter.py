@@ -90,7 +90,7 @@ def save_adapter(
 ) -> None:
     """Write `difference` as an adapter file, which appears under its name only when it is complete.
 
-    metadata: more texts than those of the format. Raises CheckpointError for a name that does not end in .safetensors or a
+    metadata: more texts. Raises CheckpointError for a name that does not end in .safetensors or a
     folder that does not exist, OSError where the disk does not take it.
     """
     tensors = {str(_DIFFERENCE[0]): difference.weight, str(_DIFFERENCE[1]): difference.bias}
