@@ -62,6 +62,10 @@ def test_a_signal_leaves_no_half_file(
     tmp_path: Path, weights: Path, words: tuple[str, ...], number: int, code: int, said: str
 ) -> None:
     gray_clip(tmp_path / "clip.mp4", 800)
+
+    def heard() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell in the background has switched off
+
     with subprocess.Popen(
         command(*words, "clip.mp4", "-w", weights),
         cwd=tmp_path,
@@ -69,6 +73,7 @@ def test_a_signal_leaves_no_half_file(
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=heard,
     ) as process:
         deadline = time.monotonic() + 120
         # it is in the middle of the work once something is in the hidden file
