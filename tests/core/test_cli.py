@@ -345,7 +345,7 @@ def test_wrong_videos_are_named(
         (("-o", "folder.mp4"), "folder.mp4 is a folder"),
         (("--device", "abacus"), "--device abacus is no device"),
         (("--device", "cuda:99"), "--device cuda:99 is not there"),
-        (("--device", "meta"), "--device meta cannot be used"),
+        (("--device", "meta"), "--device meta is no device"),
         (("--start", 5), "has 5 frames, numbered from 0; a start at frame 5 is beyond them"),
     ],
 )

@@ -55,6 +55,14 @@ class Windows:
         """Chunks of a clip of `frames` frames."""
         return 1 + max(0, -(-(frames - self.first) // self.step))
 
+    def before(self, frame: int) -> int:
+        """Chunks that end before a frame."""
+        return 0 if frame < self.first else 1 + (frame - self.first) // self.step
+
+    def until(self, chunks: int) -> int:
+        """Frames of the first chunks."""
+        return 0 if chunks == 0 else self.first + (chunks - 1) * self.step
+
     def cut(self, clip: Tensor) -> list[Tensor]:
         """The chunks of a whole clip (b, c, t, h, w); the last may be shorter."""
         starts = [0, *(self.first - self.overlap + n * self.step for n in range(self.count(clip.shape[2]) - 1))]

@@ -24,11 +24,12 @@ class Memory:
     """What streaming layers carry from one chunk to the next: one tensor per layer, under the layer's `slot`.
 
     One `Memory` serves one video (all rows of a batch together). A fresh one means "the next chunk is the first".
-    home: where the tensors wait; None is where they are made.
+    home: where the tensors wait; None is where they are made. claim: says of so many bytes whether they stay there.
     """
 
-    def __init__(self, home: torch.device | None = None) -> None:
+    def __init__(self, home: torch.device | None = None, claim: Callable[[int], bool] = lambda _: False) -> None:
         self.home = home
+        self._claim = claim
         self._frames: dict[str, Tensor] = {}
 
     def get(self, slot: str, device: torch.device) -> Tensor | None:
@@ -38,7 +39,9 @@ class Memory:
 
     def put(self, slot: str, frames: Tensor) -> None:
         """Replace what is kept under `slot`; it is never written to."""
-        self._frames[slot] = frames if self.home is None else frames.to(self.home)
+        held = self._frames.get(slot)
+        there = self._claim(frames.numel() * frames.element_size()) if held is None else held.device == frames.device
+        self._frames[slot] = frames if self.home is None or there else frames.to(self.home)
 
     def pop(self, slot: str) -> Tensor | None:
         """Forget what is kept under `slot`; it comes in RAM."""
