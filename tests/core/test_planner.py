@@ -253,7 +253,7 @@ def test_a_budget_is_a_limit_and_the_error_names_one_that_would_do(full_vae: Vid
     assert named is not None
     least = float(named[1])
     assert full_vae.plan_decode(shape, budget_bytes=int(least * GIB), required=True).fits
-    assert not full_vae.plan_decode(shape, budget_bytes=int((least - 0.2) * GIB)).fits
+    assert not full_vae.plan_decode(shape, budget_bytes=int(max(0.05, least - 0.2) * GIB)).fits
     blended = FAMILIES[full_vae.family].reference_tiles
     assert ("else blended" in str(error.value)) == blended
     with pytest.raises(BudgetError, match=r"1\.0 GiB of RAM"):
@@ -355,7 +355,7 @@ def test_what_strips_are_said_to_need_is_what_they_need(
         for chunk in vae.decode_stream(x, plan=plan) if decoding else vae.encode_stream([x], plan=plan):
             del chunk
     said_device = said.waiting_bytes + said.working_bytes
-    assert profile.device.peak <= 1.02 * said_device
+    assert profile.device.peak <= 1.05 * said_device
     assert said_device <= 1.25 * profile.device.peak
     assert profile.host.peak == pytest.approx(said.host_bytes, rel=0.1, abs=2**27)
     assert moved == pytest.approx(said.transfer_bytes, rel=0.1)

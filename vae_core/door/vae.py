@@ -248,7 +248,8 @@ class VideoVAE:
         """From now on, choose plans for what comes without one, and go on by a smaller one when memory runs out.
 
         plan: run by this one instead of choosing. limits: as in `plan_decode`; on a GPU, without `budget_bytes`, most
-        of what is free when a clip begins. Where nothing fits, a clip ends in BudgetError before any work. Returns self.
+        of what is free when a clip begins. Where nothing fits, a clip ends in BudgetError before any work.
+        Returns self.
         """
         self._limits = plan, limits
         return self

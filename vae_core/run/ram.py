@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -49,9 +50,15 @@ class Rows:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, blocks: Blocks) -> None:
         self.shape, self.dtype = shape, dtype
-        self._pool = blocks
+        self._pool, self._line = blocks, line_bytes(shape, dtype.itemsize)
         self._each, size, count = layout(shape, dtype.itemsize)
         self._blocks = [blocks.take(size) for _ in range(count)]
+
+    def narrowed(self, channels: int) -> Rows:
+        """The same memory for fewer channels: each line lies where one of these lay, which must have been read."""
+        rows = copy(self)
+        rows.shape = (self.shape[0], channels, *self.shape[2:])
+        return rows
 
     def free(self) -> None:
         """Give the blocks back."""
@@ -64,25 +71,29 @@ class Rows:
         Where `region` is as wide as the frame, and channels lie side by side in `x`, both are without gaps.
         """
         _, c, t, h, w = self.shape
-        line = w * c * self.dtype.itemsize
+        line, used = self._line, line_bytes(self.shape, self.dtype.itemsize)
         for frame in range(self.shape[0] * t):
             start, stop = (frame * h + row for row in region.rows)
             top = 0
             while start < stop:
                 block, inside = divmod(start, self._each)
-                count = min(self._each - inside, stop - start)
-                lines = self._blocks[block][inside * line : (inside + count) * line].view(self.dtype)
+                count = min(self._each - inside, stop - start) if used == line else 1
+                lines = self._blocks[block][inside * line : (inside + count - 1) * line + used].view(self.dtype)
                 there = x[frame // t, :, frame % t, top : top + count].permute(1, 2, 0)
                 yield there, lines.view(count, w, c)[:, slice(*region.columns)]
                 start, top = start + count, top + count
 
 
+def line_bytes(shape: Shape, itemsize: int) -> int:
+    """Bytes of a row of one frame."""
+    return shape[1] * shape[4] * itemsize
+
+
 def layout(shape: Shape, itemsize: int) -> tuple[int, int, int]:
     """How rows of a shape lie in blocks: lines in each, bytes of each, and how many blocks."""
-    b, c, t, h, w = shape
-    line = w * c * itemsize
+    line = line_bytes(shape, itemsize)
     each = max(1, BLOCK // line)
-    return each, max(BLOCK, line), -(-b * t * h // each)
+    return each, max(BLOCK, line), -(-shape[0] * shape[2] * shape[3] // each)
 
 
 class Bus:

@@ -57,11 +57,7 @@ class Store:
             self.clear()
             data = empty(wanted, like)
             self._taken += nbytes_of(data)
-        return data, self.rows((b, c, t, height - rows, w), like.dtype) if rows < height else None
-
-    def rows(self, shape: Shape, dtype: torch.dtype) -> Rows:
-        """Uninitialised memory in RAM."""
-        return Rows(shape, dtype, self._blocks)
+        return data, Rows((b, c, t, height - rows, w), like.dtype, self._blocks) if rows < height else None
 
     def give(self, data: Tensor) -> None:
         """Take back what nobody needs any more."""
@@ -205,10 +201,8 @@ class Canvas:
         held = rest if data is None else data
         if held is None or held.shape[1] < channels or held.shape[2] != frames:
             return False
-        if rest is not None:
-            b, width, t, height, w = rest.shape
-            onto._lent = width == channels
-            self._rest = rest if onto._lent else self._store.rows((b, channels, t, height, w), rest.dtype)
+        self._rest = None if rest is None else rest.narrowed(channels)
+        onto._lent = True
         self._data = None if data is None else data[:, :channels]
         self._claimed, onto._claimed, onto._own = onto._claimed, 0, False
         return True
