@@ -26,8 +26,8 @@ class Cost:
 
     area, edge, fixed: bytes that it holds at most in addition to its input, for each pixel, for each pixel of height
     plus width, and whatever the size. flops, moved: of each of its steps, for each pixel of output; bytes that
-    operators read and write. scores: FLOPs for each pair of input pixels, of attention. remembered: bytes that each step
-    keeps for the next chunk, for each pixel of its input. output: bytes of what it gives, for each pixel of that.
+    operators read and write. scores: FLOPs for each pair of input pixels, of attention. remembered: bytes that each
+    step keeps for the next chunk, for each pixel of its input. output: bytes of what it gives, for each pixel of that.
     largest: elements of the largest tensor of a convolution, for each pixel.
     """
 
