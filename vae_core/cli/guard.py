@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 
 from ..door.downloads import DownloadError
+from ..door.output import NotFiniteError
 from ..errors import CheckpointError, LatentFileError, VideoError
-from ..run.output import NotFiniteError
 
 P = ParamSpec("P")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

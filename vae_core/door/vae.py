@@ -12,12 +12,12 @@ from ..families import Compression, Direction, Network
 from ..plan.planner import Budget, Plan, choose, describe, device_bytes, smaller
 from ..plan.prediction import Task
 from ..run.executor import Pass
-from ..run.output import collect, host_frames, trimmed
 from ..run.stream import Recover, run_chunks
 from ..run.tiling import AnyPlan, TilePlan
 from ..run.windows import check_whole, pad_stream, rechunk, whole_stream
 from .checks import check_clip, check_frames, checked, checked_bytes, size_checked
 from .info import VAEInfo
+from .output import collect, host_frames, trimmed
 
 Progress = Callable[[int, int], None]
 Between = Callable[[], None]

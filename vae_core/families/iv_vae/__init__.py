@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..family import Compression, Family, Scaling, Shapes, Windows, substituted
-from .layers import PUBLISHED, IVParts, TemporalConv
+from ..family import Compression, Family, Rules, Shapes, Windows, substituted
+from .layers import DILATIONS, PUBLISHED, IVParts, TemporalConv
 from .network import IVVAE, IVVAEConfig
 
 __all__ = ["IVVAE", "IV_VAE", "PUBLISHED", "IVParts", "IVVAEConfig", "TemporalConv"]
@@ -17,7 +17,7 @@ PUBLISHED_SCALING: dict[tuple[int, int], tuple[float, float]] = {
     (16, 64): (0.9697, -0.1553),
     (16, 96): (0.7619, -0.0483),
 }
-_NAMES = (
+_NAMES: Rules = (
     (r"\.norm1\.", r".residual.0."),
     (r"\.conv1\.(conv_2d|conv_3d)\.", r".residual.2.\1."),
     (r"\.conv1\.(weight|bias)$", r".residual.2.conv.\1"),  # the purely 2-D stages
@@ -29,12 +29,7 @@ _NAMES = (
     (r"^encoder\.conv_in\.", r"encoder.conv1."),
     (r"^decoder\.conv_in\.", r"decoder.conv1.conv."),
     (r"^(en|de)coder\.norm_out\.", r"\1coder.head.0."),
-    (r"^encoder\.pac\.branches\.0\.", r"encoder.head.2.PAC_0.conv."),
-    (r"^encoder\.pac\.branches\.1\.", r"encoder.head.2.PAC_1.conv."),
-    (r"^encoder\.pac\.branches\.2\.", r"encoder.head.2.PAC_3.conv."),
-    (r"^encoder\.pac\.branches\.3\.", r"encoder.head.2.PAC_6.conv."),
-    (r"^encoder\.pac\.branches\.4\.", r"encoder.head.2.PAC_9.conv."),
-    (r"^encoder\.pac\.branches\.5\.", r"encoder.head.2.PAC_12.conv."),
+    (r"^encoder\.pac\.branches\.(\d)\.", lambda m: f"encoder.head.2.PAC_{(0, 1, *DILATIONS)[int(m[1])]}.conv."),
     (r"^encoder\.pac\.merge\.", r"encoder.head.2.PAC_conv.conv."),
     (r"^encoder\.pac\.(\w+)$", r"encoder.head.2.conv.\1"),  # without motion perception
     (r"^decoder\.conv_out\.", r"decoder.head.2."),
@@ -86,10 +81,6 @@ def _parts(shapes: Shapes) -> IVParts:
     )
 
 
-def _scaling(config: IVVAEConfig) -> Scaling:
-    return Scaling(scale=config.scale_factor, shift=config.shift_factor)
-
-
 def _told(config: IVVAEConfig) -> dict[str, float]:
     return {"scale_factor": config.scale_factor, "shift_factor": config.shift_factor}
 
@@ -110,7 +101,6 @@ IV_VAE = Family(
     configure=_configure,
     build=IVVAE,
     official=_official,
-    scaling=_scaling,
     widths=lambda config: f"dim {config.dim}",
     told=_told,
     scaled=True,
