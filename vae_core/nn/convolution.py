@@ -25,7 +25,6 @@ BACKENDS: tuple[Backend, Backend] = ("conv3d", "taps")
 Triple = tuple[int, int, int]
 Pair = tuple[int, int]
 
-LIMIT = 2**31 - 1  # elements of one tensor that convolutions of GPU libraries can count
 SLOWER = 1.15  # conv3d may take this much longer than taps, which copies its input
 LARGER = 3.0  # conv3d may need this much more memory than taps
 FARTHEST = 0.05  # from the exact result, in units of its standard deviation; bfloat16 stays below a fifth of it

@@ -52,7 +52,8 @@ def _configure(shapes: Shapes, told: Mapping[str, float]) -> IVVAEConfig:
     else:
         dim = shapes["encoder.head.0.gamma"][0] // 8
         z = shapes["conv1.conv_3d.weight"][0] * parts.branches // 2
-    scale, shift = default_scaling(z, dim, parts)
+    unscaled = 1.0, 0.0
+    scale, shift = PUBLISHED_SCALING.get((z, dim), unscaled) if parts == PUBLISHED else unscaled
     return IVVAEConfig(
         dim=dim,
         latent_channels=z,
@@ -62,15 +63,9 @@ def _configure(shapes: Shapes, told: Mapping[str, float]) -> IVVAEConfig:
     )
 
 
-def default_scaling(latent_channels: int, dim: int, parts: IVParts) -> tuple[float, float]:
-    """(scale_factor, shift_factor) of a file that says neither: the published numbers, or 1 and 0."""
-    return PUBLISHED_SCALING.get((latent_channels, dim), (1.0, 0.0)) if parts == PUBLISHED else (1.0, 0.0)
-
-
 def _parts(shapes: Shapes) -> IVParts:
     """Which parts the network has, by the names of the halves that are there."""
-    stage = ".residual.2.conv_3d.causal.weight"
-    causal = any(name.endswith(stage) for name in shapes)
+    causal = any(name.endswith(".residual.2.conv_3d.causal.weight") for name in shapes)
     two = any(".Attention_2d." in name for name in shapes)
     if "decoder.conv1.conv.weight" in shapes:
         motion = "decoder.upsamples.1.Attention_3d.proj.weight" in shapes

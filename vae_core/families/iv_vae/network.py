@@ -7,7 +7,7 @@ alone, then four frames at a time (one latent each). What passes from group to g
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,18 @@ class ToMoments(SeparatedConv):
         return Clip([torch.cat((a, c, b, d), dim=1)])
 
 
+def attention(dim: int, parts: IVParts) -> list[nn.Module]:
+    """That beyond the middle's, if there is any."""
+    return [AttentionBlock(4 * dim, branches=parts.branches)] if parts.motion_perception else []
+
+
+def coarse_stages(count: int, dim: int, parts: IVParts) -> Iterator[nn.Module]:
+    """Purely 2-D blocks at latent resolution, with attention after each."""
+    for _ in range(count):
+        yield block(4 * dim, 4 * dim, parts, two_d=True)
+        yield from attention(dim, parts)
+
+
 def middle(dim: int, parts: IVParts) -> nn.ModuleList:
     """Residual block, attention, residual block, at latent resolution."""
     blocks = [block(4 * dim, 4 * dim, parts, two_d=True) for _ in range(2)]
@@ -100,12 +112,8 @@ class Encoder(nn.Module):
         for width_in, width, halve_time in ((dim, dim, False), (dim, 2 * dim, True), (2 * dim, 4 * dim, True)):
             self.stages.extend((block(width_in, width, parts), block(width, width, parts)))
             self.stages.append(Downsample(width, halve_time=halve_time, branches=parts.branches))
-        if parts.motion_perception:
-            self.stages.append(AttentionBlock(4 * dim, branches=parts.branches))
-        for _ in range(2):
-            self.stages.append(block(4 * dim, 4 * dim, parts, two_d=True))
-            if parts.motion_perception:
-                self.stages.append(AttentionBlock(4 * dim, branches=parts.branches))
+        self.stages.extend(attention(dim, parts))
+        self.stages.extend(coarse_stages(2, dim, parts))
         self.middle = middle(dim, parts)
         self.norm_out = RMSNorm(8 * dim, halves=parts.branches, dims=3)
         width_out = 2 * config.latent_channels
@@ -128,11 +136,7 @@ class Decoder(nn.Module):
         dim, parts = config.dim, config.parts
         self.conv_in = FrameConv(config.latent_channels, 8 * dim)
         self.middle = middle(dim, parts)
-        self.stages = nn.ModuleList()
-        for _ in range(3):
-            self.stages.append(block(4 * dim, 4 * dim, parts, two_d=True))
-            if parts.motion_perception:
-                self.stages.append(AttentionBlock(4 * dim, branches=parts.branches))
+        self.stages = nn.ModuleList(coarse_stages(3, dim, parts))
         self.stages.append(Upsample(4 * dim, double_time=True, branches=parts.branches))
         for width_in, width, double_time in ((2 * dim, 4 * dim, True), (2 * dim, 2 * dim, False)):
             self.stages.append(block(width_in, width, parts))
