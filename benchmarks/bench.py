@@ -34,8 +34,8 @@ from profile_meta import AT_720P, MODELS, OFFICIAL, per_frame, size_of
 from torch import Tensor
 
 from vae_core import Plan, VideoVAE
+from vae_core.door.output import collect
 from vae_core.families import DIRECTIONS, Direction
-from vae_core.run.output import collect
 
 GB = 10**9
 BLOCK = 17  # frames of the random clip that is repeated to any length

@@ -7,8 +7,8 @@ Needs torch, Triton, pytest, hypothesis, einops, safetensors and numpy. It runs 
 decides, the Triton kernels against torch among them; decodes by CV-VAE and IV-VAE (dim 64) of the published widths with
 random weights in bfloat16, whole and under caps of device memory in GiB that the driver enforces, weights included;
 and, where clones of the official programs are given, those next to ours. A row that fails is told as such, and the
-next one runs; what does not fit into --seconds is left out. Writes gpu_suite_DATE.json and .md. On a CPU (--device cpu) the same
-rows run without caps, to try the script itself.
+next one runs; what does not fit into --seconds is left out. Writes gpu_suite_DATE.json and .md. On a CPU the same rows
+run without caps, to try the script itself.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 from .door.info import VAEInfo
 from .door.loading import DEMO_FOLDER, DEMO_WEIGHTS, load, official_state, save
+from .door.output import NotFiniteError
 from .door.vae import VideoVAE
 from .errors import BudgetError, CheckpointError, LatentFileError, VideoError
 from .families import Compression, Direction
 from .plan.planner import Plan
-from .run.output import NotFiniteError
 from .run.tiling import AnyPlan, ReferencePlan, StripPlan, TilePlan
 
 __version__ = "0.1.0"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...vae_core import AnyPlan, Direction, NotFiniteError, Plan, TilePlan, VideoVAE, official_state
-from ...vae_core.run.output import collect
+from ...vae_core.door.output import collect
 from .first_stage import Network, tiles_of_pixels, to_signed, to_unit
 from .plan_words import plan_words
 from .ratio import Ratio

@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from ..door.downloads import DownloadError
+from ..door.output import NotFiniteError
 from ..errors import BudgetError, CheckpointError, LatentFileError, VideoError
-from ..run.output import NotFiniteError
 from ..run.stream import is_out_of_memory
 
 P = ParamSpec("P")

@@ -14,12 +14,12 @@ from ..plan.planner import MARGIN, Budget, Plan, PlanOptions, choose, describe, 
 from ..plan.prediction import Task
 from ..plan.rates import Rates, nominal, rates_of
 from ..run.executor import Pass
-from ..run.output import collect, host_frames, trimmed
 from ..run.stream import Recover, run_chunks
 from ..run.tiling import AnyPlan
 from ..run.windows import check_whole, pad_stream, rechunk, whole_stream
 from .checks import check_clip, check_frames, checked, checked_bytes, size_checked
 from .info import VAEInfo
+from .output import collect, host_frames, trimmed
 
 Progress = Callable[[int, int], None]
 Between = Callable[[], None]

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .stream import is_out_of_memory
+from ..run.stream import is_out_of_memory
 
 MOST_PINNED = 2**29  # bytes of one buffer of page-locked RAM, which nothing else can use; larger chunks go without
 UNIT_DTYPES = (torch.float32, torch.float16)
