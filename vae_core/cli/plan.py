@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..pictures.plan import draw_plan
-from .guard import UserError, guarded, out
+from .guard import UserError, guarded, say
 from .options import Device, DType, DTypeOption, Weights, load_weights
 
 
@@ -50,7 +50,7 @@ def plan_command(
     limit = "without a limit" if budget is None else f"within {budget:g} GiB"
     precision = str(vae.dtype).removeprefix("torch.")
     title = f"{way.value} {frames} frames of {width}x{height} with {vae.family}, {precision}, {limit}"
-    out.print(f"{title}\n{plan}", markup=False)
+    say(f"{title}\n{plan}")
     if picture is not None:
         draw_plan(plan, (height, width), frames, title).save(picture)
-        out.print(f"picture  {picture}", markup=False)
+        say(f"picture  {picture}")

@@ -65,6 +65,9 @@ def _pix_fmt(name: str, codec: Codec, size: tuple[int, int], bits: int | None, a
         known = [form.name for form in av.Codec(ENCODERS[codec], "w").video_formats or ()]
     except UnknownCodecError as error:
         raise VideoError(f"{name}: this PyAV cannot write {codec}; choose another codec or update av.") from error
+    if asked is not None and asked not in known:
+        writable = ", ".join(form for form in known if _can_be_made(form))
+        raise VideoError(f"{name}: {codec} video is not written as {asked}; choose {writable}.")
     depths = _DEPTHS.get(codec, (8, 10))
     bits = bits or (_bits(asked) if asked else depths[0])
     form = asked or _usual(codec, size, bits)
