@@ -4,8 +4,9 @@
 
 Each file has two seconds of picture with a flash, and sound with a beep, both from the first second on. It is read by
 `timeline_of`, its frames and times are compared with ffprobe's, it is written again with its sound as the commands do
-it, and its sound is read as the nodes do it. One line for each file that differs, then a table. ffmpeg and ffprobe
-are needed.
+it, and its sound is read as the nodes do it; flash and beep are compared with where ffprobe and ffmpeg have them. One
+line for each file that differs, then a table. In program streams ffprobe has a few frames off an even rate, and the
+timeline puts them on it: those are counted apart. ffmpeg and ffprobe are needed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from vae_core.media.video import read_frames, timeline_of
 
 FLASH = Fraction(1)  # seconds at which flash and beep begin
 LATE = 0.02  # seconds by which sound may be off
+STUMBLES = 0.04  # of the frames, by two frames at the most
 RATES = ("24", "25", "30", "50", "12.5", "30000/1001", "24000/1001", "60000/1001", "vfr")
 LOOKS = {
     "bt709": ("yuv420p", "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv"),
@@ -88,7 +90,7 @@ SOUNDS = {
     "alac": ("-c:a alac", "mp4 mov"),
     "wma": ("-c:a wmav2", "wmv"),
     "5.1": ("-c:a aac -ac 6", "mp4 mkv ts"),
-    "none": ("-an", "mp4 mov mkv webm ts avi h264 gif apng ogv wmv flv mpg nut mxf vob m4v"),
+    "none": ("-an", "mp4 mov mkv webm ts avi h264 gif apng ogv wmv flv mpg nut vob m4v"),
 }
 RAW = ("h264", "gif", "apng")
 
@@ -117,9 +119,9 @@ def kinds(count: int, seed: int = 0) -> list[Kind]:
         if container in SOUNDS[sound][1].split()
         and (LOOKS[look][0] == "yuv420p" or LOOKS[look][0].removeprefix("yuv").removesuffix("le") in formats.split())
         and not (picture in ONLY and look not in ("bt709", "4:2:2 10 bits"))
-        and not (rate == "vfr" and container in ("h264", "mpg", "vob", "mxf"))
+        and not (rate == "vfr" and container in ("h264", "mpg", "vob"))
         and not (rate == "12.5" and picture in ("mpeg1", "mpeg2", "dnxhr"))
-        and not (container == "mxf" and rate in ("vfr", "24", "30"))
+        and not (container == "gif" and Fraction(rate if rate != "vfr" else 30) > 50)  # its unit is 0.01 s
     ]
     chooser.shuffle(every)
     seen: Counter[str] = Counter()
@@ -160,12 +162,19 @@ def by_ffprobe(path: Path) -> list[float]:
     return [float(frame.get("best_effort_timestamp_time", "nan")) for frame in found["frames"]]
 
 
-def flash_of(path: Path) -> float:
-    """Seconds from the first frame to the flash."""
+def beep_by_ffmpeg(path: Path) -> float:
+    """When the beep begins, on the file's own clock."""
+    chain = "aresample=48000:async=1:min_hard_comp=0.01:first_pts=0,pan=mono|c0=c0"
+    command = ["ffmpeg", "-v", "error", "-copyts", "-i", str(path), "-map", "0:a:0", "-af", chain, "-f", "f32le", "-"]
+    found = subprocess.run(command, capture_output=True, check=True, timeout=120).stdout
+    wave = torch.frombuffer(bytearray(found), dtype=torch.float32).abs()
+    return int(torch.nonzero(wave > 0.3 * wave.max())[0]) / 48000
+
+
+def flash_of(path: Path) -> int:
+    """The first frame of the flash."""
     levels = torch.cat([chunk.mean((0, 1, 3, 4)) for chunk in read_frames(path)])
-    timeline = timeline_of(path)
-    first = int(torch.nonzero(levels > (levels.min() + levels.max()) / 2)[0])
-    return float(timeline.time(first) - timeline.time(0))
+    return int(torch.nonzero(levels > (levels.min() + levels.max()) / 2)[0])
 
 
 def beep_of(path: Path) -> float | None:
@@ -178,17 +187,31 @@ def beep_of(path: Path) -> float | None:
     return int(torch.nonzero(wave > 0.3 * wave.max())[0]) / sound.rate
 
 
-def compare(kind: Kind, path: Path, copy: Path) -> list[str]:
-    """What differs."""
+def since_first(path: Path, frame: int) -> float:
+    """Seconds from the first frame to another."""
+    timeline = timeline_of(path)
+    return float(timeline.time(frame) - timeline.time(0))
+
+
+def compare(kind: Kind, path: Path, copy: Path) -> tuple[list[str], bool]:
+    """What differs, and whether the file stumbles."""
     wrong: list[str] = []
     expected, timeline = by_ffprobe(path), timeline_of(path)
-    if len(timeline) != len(expected):
-        wrong.append(f"{len(timeline)} frames, ffprobe has {len(expected)}")
+    ours = [float(time) for time in timeline.times()]
+    theirs = [
+        (time - expected[0]) if expected[0] == expected[0] else ours[n] - ours[0] for n, time in enumerate(expected)
+    ]
+    stumbles = False
+    if len(ours) != len(expected):
+        wrong.append(f"{len(ours)} frames, ffprobe has {len(expected)}")
+        theirs = [time - ours[0] for time in ours]
     elif kind.container not in RAW[:1]:
-        ours = [float(time) for time in timeline.times()]
-        offset = max(abs((a - ours[0]) - (b - expected[0])) for a, b in zip(ours, expected, strict=True))
-        if not offset < 0.002:
-            wrong.append(f"times off by {offset:.4f} s")
+        offsets = [abs(a - ours[0] - b) for a, b in zip(ours, theirs, strict=True)]
+        off = [offset for offset in offsets if offset >= 0.002]  # of some frames ffprobe has no time (NaN)
+        frame = 1 / float(timeline.fps)
+        stumbles = bool(off) and timeline.even and len(off) <= STUMBLES * len(ours) and max(off) < 2.1 * frame
+        if off and not stumbles:
+            wrong.append(f"{len(off)} times off by up to {max(off):.4f} s")
     rate = None if kind.rate == "vfr" else Fraction(kind.rate)
     if rate is not None and kind.container not in ("gif",) and abs(timeline.fps - rate) > rate / 5000:
         wrong.append(f"rate {timeline.fps} for {rate}")
@@ -197,35 +220,36 @@ def compare(kind: Kind, path: Path, copy: Path) -> list[str]:
     flash, beep = flash_of(path), beep_of(path)
     if (beep is None) != (kind.sound == "none"):
         wrong.append("sound is missing" if beep is None else "sound out of nothing")
-        return wrong
+        return wrong, stumbles
     clip = open_clip(path)
     with clip.writer(copy, Form(crf=1)) as writer:
         for chunk in clip.read():
             writer.write(chunk)
-    again, heard = flash_of(copy), beep_of(copy)
-    if abs(again - flash) > 0.002:
-        wrong.append(f"flash at {flash:.3f} s, in the copy at {again:.3f} s")
+    seen, again, heard = since_first(path, flash), since_first(copy, flash_of(copy)), beep_of(copy)
+    if abs(again - seen) > 0.002:
+        wrong.append(f"flash at {seen:.3f} s, in the copy at {again:.3f} s")
     if beep is not None:
-        start = 1 / float(rate or 30)
-        if not -LATE <= flash - beep <= start + LATE:
-            wrong.append(f"read: flash {flash:.3f} s, beep {beep:.3f} s")
-        if heard is None or abs((again - heard) - (flash - beep)) > LATE:
-            wrong.append(f"copied: flash {again:.3f} s, beep {heard}; source {flash:.3f}, {beep:.3f}")
-    return wrong
+        right = theirs[flash] - (beep_by_ffmpeg(path) - expected[0])
+        if abs(seen - beep - right) > LATE:
+            wrong.append(f"read: flash {seen:.3f} s, beep {beep:.3f} s, apart {seen - beep:.3f} for {right:.3f}")
+        if heard is None or abs(again - heard - right) > LATE:
+            wrong.append(f"copied: flash {again:.3f} s, beep {heard}, for {right:.3f} apart")
+    return wrong, stumbles
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--count", type=int, default=320)
+    options.add_argument("--first", type=int, default=0)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--keep", type=Path)
     asked = options.parse_args()
     torch.set_num_threads(1)
-    tried, unmade, differ = Counter[str](), 0, Counter[str]()
+    tried, unmade, differ, stumbling = Counter[str](), 0, Counter[str](), 0
     with tempfile.TemporaryDirectory() as folder:
         place = asked.keep or Path(folder)
         place.mkdir(exist_ok=True)
-        for number, kind in enumerate(kinds(asked.count, asked.seed)):
+        for number, kind in enumerate(kinds(asked.count, asked.seed)[asked.first :], asked.first):
             path, copy = place / f"{number:03d}.{kind.container}", place / "copy.mp4"
             problem = make(kind, path)
             if problem:
@@ -234,7 +258,8 @@ def main() -> None:
                 continue
             tried[kind.picture] += 1
             try:
-                wrong = compare(kind, path, copy)
+                wrong, stumbles = compare(kind, path, copy)
+                stumbling += stumbles
             except Exception as error:
                 wrong = [f"{type(error).__name__}: {error}"]
             if wrong:
@@ -242,7 +267,9 @@ def main() -> None:
                 print(f"{path.name} {kind}: {'; '.join(wrong)}", flush=True)
             if asked.keep is None:
                 path.unlink()
-    print(f"\n{sum(tried.values())} files, {sum(differ.values())} differ; {unmade} could not be made")
+    print(
+        f"\n{sum(tried.values())} files, {sum(differ.values())} differ; {stumbling} stumble; {unmade} could not be made"
+    )
     print("| codec | files | differ |\n|---|---|---|")
     for name, count in tried.items():
         print(f"| {name} | {count} | {differ[name]} |")

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_same_features_as_in_comfyui(comfy: Comfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'cviv-vae[svd]'")
+    pytest.importorskip("diffusers", reason='diffusers is not installed: pip install -e ".[svd]"')
     monkeypatch.setitem(svd.UNET, "model_channels", 64)  # one head of 64 channels, as diffusers takes it
     model = svd.small_svd(comfy, heads=64)
     comfy.module("comfy.model_management").load_models_gpu([model])

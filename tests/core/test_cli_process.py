@@ -140,7 +140,7 @@ def test_a_missing_library_is_named(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    line = "The command line needs typer, which is not installed: pip install 'cviv-vae[cli]'\n"
+    line = 'The command line needs typer, which is not installed: pip install -e ".[cli]" in its folder.\n'
     assert done.stderr == line
 
 

@@ -24,7 +24,7 @@ from vae_core.svd.unet import SVDNetwork, load_image_encoder
 
 from .clips import as_pictures, moving_picture, write_av
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'cviv-vae[svd]'")
+diffusers = pytest.importorskip("diffusers", reason='diffusers is not installed: pip install -e ".[svd]"')
 
 CPU = torch.device("cpu")
 WIDTH, SEEN = 32, 16  # features of the output layer; width of the image's embedding

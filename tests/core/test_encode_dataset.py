@@ -376,7 +376,7 @@ def test_without_ray_the_way_to_get_it_is_said(
     monkeypatch.setitem(sys.modules, "ray", None)
     result = _command(videos, "-o", tmp_path / "out", "-w", weights, "--ray", "local")
     assert result.exit_code == 2
-    assert 'pip install "cviv-vae[distributed]"' in result.stderr
+    assert 'pip install -e ".[distributed]"' in result.stderr
 
 
 def test_a_tar_of_latents_is_read_without_this_package(videos: Path, weights: str, tmp_path: Path) -> None:

@@ -338,5 +338,5 @@ def test_what_is_not_installed_is_named(here: Path, module: str, package: str, m
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     result = run("videos")
     assert result.exit_code == 2
-    line = f"This command needs {package}, which is not installed: pip install 'cviv-vae[evaluation]'"
+    line = f'This command needs {package}, which is not installed: pip install -e ".[evaluation]" in its folder.'
     assert line in result.stderr

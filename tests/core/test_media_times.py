@@ -114,6 +114,9 @@ def test_rates_are_those_that_were_meant() -> None:
     assert constant_rate(milliseconds, Fraction(1, 1000), [Fraction(30)]) == (Fraction(30000, 1001), True)
     assert constant_rate([0, 40, 80, 400, 440], Fraction(1, 1000), [Fraction(9)]) == (25, False)
     assert constant_rate([0], Fraction(1, 1000), []) == (25, True)
+    after_a_gap = [0, *range(2, 50)]  # in an AVI file, whose unit is one frame
+    assert constant_rate(after_a_gap, Fraction(1, 24), [Fraction(24)]) == (24, False)
+    assert constant_rate(list(range(50)), Fraction(1, 24), [Fraction(24)]) == (24, True)
 
 
 def test_an_even_grid_drops_and_repeats_so_that_times_stay() -> None:

@@ -73,7 +73,7 @@ DEMO_COLUMNS = 5
 app = typer.Typer(
     help="CV-VAE and IV-VAE: video into latents and back, exactly and in bounded memory.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

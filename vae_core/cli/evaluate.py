@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 
 from ..run.tiling import ReferencePlan
-from .guard import UserError, err, guarded, note, out
+from .guard import UserError, err, guarded, note, out, say, warn
 from .options import Device, DType, DTypeOption, device_and_dtype
 from .report import figure
 
@@ -40,6 +40,8 @@ def evaluate_command(
     vae: Annotated[
         list[str] | None,
         typer.Option(
+            "--weights",
+            "-w",
             "--vae",
             "-v",
             help="demo-cv-vae, demo-iv-vae, a weights file, or a folder of diffusers' AutoencoderKL, TemporalDecoder, "
@@ -120,7 +122,7 @@ def evaluate_command(
     files = [write_page(outcome, output, clips=clips), *write_tables(outcome, output)]
     out.print(_table(outcome))
     for path in files:
-        out.print(f"{path.name}: {path}", markup=False, soft_wrap=True)
+        say(f"{path.name}: {path}")
     _end(outcome.broken, len(found))
 
 
@@ -163,7 +165,7 @@ def build_set_command(
         note(f"{len(built.cuts)} clips were cut where {count} were asked for: there are no more.")
     if built.too_small:
         note(f"{len(built.too_small)} videos are smaller than {size} and were passed over: {_few(built.too_small)}.")
-    out.print(f"manifest: {output / MANIFEST}", markup=False, soft_wrap=True)
+    say(f"manifest: {output / MANIFEST}")
     _end(built.broken, len(found))
 
 
@@ -172,8 +174,8 @@ def _end(broken: dict[str, str], total: int) -> None:
     if not broken:
         return
     for why in broken.values():
-        err.print(f"Left out: {why}", soft_wrap=True, markup=False)
-    err.print(f"Error: {len(broken)} of {total} videos were left out.", soft_wrap=True, markup=False)
+        warn(f"Left out: {why}")
+    warn(f"Error: {len(broken)} of {total} videos were left out.")
     raise typer.Exit(SKIPPED)
 
 
@@ -223,7 +225,9 @@ def _check_vaes(names: list[str]) -> None:
 def _check_installed(*needed: tuple[str, str]) -> None:
     for module, package in needed:
         if importlib.util.find_spec(module) is None:
-            raise UserError(f"This command needs {package}, which is not installed: pip install 'cviv-vae[evaluation]'")
+            raise UserError(
+                f'This command needs {package}, which is not installed: pip install -e ".[evaluation]" in its folder.'
+            )
 
 
 def _table(outcome: "Outcome") -> Table:

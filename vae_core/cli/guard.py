@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from ..errors import BudgetError, CheckpointError, LatentFileError, VideoError
 from ..run.stream import is_out_of_memory
 
 P = ParamSpec("P")
+_ENDING = ("SIGTERM", "SIGHUP", "SIGBREAK")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 out = Console(highlight=False, emoji=False)
@@ -31,7 +32,11 @@ class UserError(ValueError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived: end as on Ctrl-C."""
+    """SIGTERM or, when its terminal was closed, SIGHUP arrived: end as on Ctrl-C. number: of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class _Mode:
@@ -73,8 +78,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                 command(*args, **kwargs)
         except KeyboardInterrupt:
             _end("Stopped. No unfinished file is left behind.", 130)
-        except Terminated:
-            _end("Ended from outside. No unfinished file is left behind.", 143)
+        except Terminated as ended:
+            _end("Ended from outside. No unfinished file is left behind.", 128 + ended.number)
         except (UserError, BudgetError, CheckpointError, LatentFileError, VideoError, NotFiniteError) as error:
             _end(str(error), 2)
         except DownloadError as error:
@@ -118,17 +123,22 @@ def _end(line: str, code: int) -> NoReturn:
 
 @contextmanager
 def _terminable() -> Generator[None, None, None]:
-    """Let SIGTERM unwind the stack, so that nothing half-written stays."""
+    """Let what ends the process unwind the stack, so that nothing half-written stays; what is ignored stays so."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        raise Terminated(number)
 
+    before: dict[int, Any] = {}
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        for name in _ENDING:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, stop)
     except ValueError:  # not in the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

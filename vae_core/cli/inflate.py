@@ -8,7 +8,7 @@ import typer
 
 from ..door.loading import save
 from ..training.inflation import InflationError, inflate
-from .guard import UserError, guarded, note, out
+from .guard import UserError, guarded, note, say
 from .options import Overwrite
 from .work import check_outputs
 
@@ -46,4 +46,4 @@ def inflate_command(
     save(made.vae, output)
     for text in made.notes:
         note(text)
-    out.print(f"{output}\n{made.vae.info}", markup=False, soft_wrap=True)
+    say(f"{output}\n{made.vae.info}")

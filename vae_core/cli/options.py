@@ -52,7 +52,10 @@ Weights = Annotated[
     str,
     typer.Option("--weights", "-w", help="A weights file or folder, or demo-cv-vae, demo-iv-vae.", metavar="FILE"),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Draw from the posterior with this seed; without: its mean.")]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, max=2**63 - 1, help="Draw from the posterior with this seed; without: its mean."),
+]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Precision; auto: bfloat16 on CUDA, else float32.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, xpu, mps.")]
 Start = Annotated[int, typer.Option("--start", min=0, help="First frame to use, counted from 0.")]

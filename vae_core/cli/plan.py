@@ -10,7 +10,7 @@ import typer
 from ..pictures.plan import draw_plan
 from ..plan.planner import PlanOptions
 from ..plan.rates import Rates, rates_of
-from .guard import UserError, guarded, out
+from .guard import UserError, guarded, say
 from .options import (
     Budget,
     Device,
@@ -86,10 +86,10 @@ def plan_command(
     limit = "without a limit" if budget is None else f"within {budget:g} GiB"
     precision = str(kind).removeprefix("torch.")
     title = f"{way.value} {frames} frames of {width}x{height} with {vae.family}, {precision}, {limit}"
-    out.print(f"{title}\n{plan}", markup=False)
+    say(f"{title}\n{plan}")
     if picture is not None:
         draw_plan(plan, (height, width), frames, title).save(picture)
-        out.print(f"picture  {picture}", markup=False)
+        say(f"picture  {picture}")
 
 
 def rates_of_options(

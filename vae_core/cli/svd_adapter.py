@@ -26,7 +26,7 @@ from ..svd.adapter import OUTPUTS, save_adapter
 from ..svd.scenes import beginning_of, look_through, spans_of
 from ..svd.session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, WorseLayerError, with_buckets
 from ..svd.trainer import LATENT_SCALE, METHODS, AdapterTrainer, TrainSettings
-from .guard import UserError, err, guarded, note, out
+from .guard import UserError, err, guarded, note, say
 from .options import Device, DType, DTypeOption, Overwrite, device_and_dtype, load_weights
 from .work import check_outputs
 
@@ -125,7 +125,7 @@ def _train(training: Training, places: "_Places", steps: int, notes: list[str]) 
     save_adapter(places.adapter, tuned - trainer.old, training.texts(before, after))
     where = f"adapter {places.adapter}\nstate {places.state}\nloss curve {places.curve}"
     report = training.report(before, after, time.monotonic() - began, where, notes)
-    out.print("\n".join(report), markup=False, soft_wrap=True)
+    say("\n".join(report))
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -323,7 +323,7 @@ def _source(svd: Path, dtype: DType, device: str) -> tuple[Path, torch.device, t
 
 def _check_installed() -> None:
     if importlib.util.find_spec("diffusers") is None:
-        raise UserError("This command needs diffusers, which is not installed: pip install 'cviv-vae[svd]'")
+        raise UserError('This command needs diffusers, which is not installed: pip install -e ".[svd]" in its folder.')
 
 
 @contextmanager

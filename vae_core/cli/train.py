@@ -20,7 +20,7 @@ from ..training.journal import has_tensorboard
 from ..training.loop import FINAL, Trainer, Watch
 from ..training.losses import LossError
 from ..training.tables import ConfigError
-from .guard import UserError, err, guarded, note, out
+from .guard import UserError, err, guarded, note, say, warn
 
 WRONG_INPUT = (ConfigError, TrainingDataError, InflationError, LossError)
 SHOWN = ("total", "l1", "l2", "lpips", "decoder_regularization", "encoder_regularization", "discriminator")
@@ -51,7 +51,7 @@ def train_command(
     except WRONG_INPUT as error:
         raise UserError(str(error)) from error
     except TrainingError as error:
-        err.print(f"Error: {error}", soft_wrap=True, markup=False)
+        warn(f"Error: {error}")
         raise typer.Exit(1) from error
 
 
@@ -65,9 +65,12 @@ def _begin(trainer: Trainer, *, resume: bool) -> None:
             "another folder (--set out=...)."
         )
     if processes.rank() == 0 and not has_tensorboard():
-        note("TensorBoard's events are left out: pip install 'cviv-vae[training]'. log.jsonl has the same figures.")
+        note(
+            "TensorBoard's events are left out; log.jsonl has the same figures. For them: "
+            'pip install -e ".[training]" in the folder of cviv-vae.'
+        )
     if processes.rank() == 0:
-        out.print(_summary(trainer.config, trainer), markup=False)
+        say(_summary(trainer.config, trainer))
 
 
 def _summary(config: TrainConfig, trainer: Trainer) -> str:
@@ -82,11 +85,11 @@ def _summary(config: TrainConfig, trainer: Trainer) -> str:
 def _end(trainer: Trainer, *, finished: bool, number: int) -> None:
     if finished:
         if processes.rank() == 0:
-            out.print(f"weights: {trainer.config.out / FINAL}", markup=False, soft_wrap=True)
+            say(f"weights: {trainer.config.out / FINAL}")
         return
     if processes.rank() == 0:
         newest = trainer.checkpoints.newest()
-        err.print(f"Stopped at step {trainer.step}. Go on from {newest} with --resume.", markup=False, soft_wrap=True)
+        warn(f"Stopped at step {trainer.step}. Go on from {newest} with --resume.")
     raise typer.Exit(128 + number)
 
 
@@ -125,7 +128,7 @@ def _watch(trainer: Trainer, signals: list[int]) -> Generator[Watch, None, None]
 
         def validation(done: int, figures: Mapping[str, float]) -> None:
             texts = [f"{name} {value:.4g}" for name, value in figures.items()]
-            out.print(f"step {done}: {', '.join(texts)}", markup=False, soft_wrap=True)
+            say(f"step {done}: {', '.join(texts)}")
 
         yield Watch(step=step, validation=validation, should_stop=lambda: bool(signals))
 

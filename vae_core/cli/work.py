@@ -369,7 +369,8 @@ def fitting(stem: str, ending: str, spare: int = 0) -> str:
 def notes_on(clip: Clip) -> Iterator[str]:
     """What a user should know before the work begins."""
     if clip.wanted is not None and clip.frames < clip.wanted:
-        yield f"{clip.path} has {clip.frames} frames from frame {clip.start} on, fewer than --frames {clip.wanted}."
+        count = "1 frame" if clip.frames == 1 else f"{clip.frames} frames"
+        yield f"{clip.path} has {count} from frame {clip.start} on, fewer than --frames {clip.wanted}."
     for ending in (*clip.timeline.told(clip.start, clip.stop), *losses(clip.info, clip.hdr)):
         yield f"{clip.path} {ending}."
     if clip.info.height % 2 or clip.info.width % 2:

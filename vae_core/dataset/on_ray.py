@@ -68,7 +68,7 @@ def _ray() -> Any:  # noqa: ANN401 - an optional package
         return importlib.import_module("ray")
     except ImportError as error:
         raise EncodeJobError(
-            'Ray is not installed: pip install "cviv-vae[distributed]", or leave --ray out.'
+            'Ray is not installed: pip install -e ".[distributed]" in the folder of cviv-vae, or leave --ray out.'
         ) from error
 
 

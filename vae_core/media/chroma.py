@@ -60,7 +60,7 @@ def _half(x: Tensor, dim: int, cosited: bool) -> Tensor:
     """Halve one axis: collect what each sample was spread over, then undo that this counts neighbours, too."""
     outer, root, doublings = _INVERSE[cosited]
     if x.shape[dim] % 2:
-        x = torch.cat((x, x.narrow(dim, x.shape[dim] - 1, 1)), dim)
+        x = torch.cat((x, _beyond(x, dim, cosited)), dim)
     half = x.shape[dim] // 2
     even, odd = x.unflatten(dim, (half, 2)).unbind(dim + 1)
     if cosited:
@@ -79,6 +79,15 @@ def _half(x: Tensor, dim: int, cosited: bool) -> Tensor:
         rest = spread.shape[dim] - step
         spread = spread.narrow(dim, 0, rest).add(spread.narrow(dim, step, rest), alpha=root**step)
     return spread.narrow(dim, 1, half).mul(-root / outer)
+
+
+def _beyond(x: Tensor, dim: int, cosited: bool) -> Tensor:
+    """The pixel after the last one of an odd axis, as enlarging would have made it."""
+    count = x.shape[dim]
+    last = x.narrow(dim, count - 1, 1)
+    if cosited or count == 1:
+        return last
+    return last * 1.5 - x.narrow(dim, count - 2, 1) * 0.5
 
 
 def _mirrored(x: Tensor, dim: int, reach: int, cosited: bool) -> Tensor:

@@ -33,11 +33,13 @@ _DEPTHS: dict[Codec, tuple[int, ...]] = {"prores": (10,), "ffv1": (8, 10, 16)}
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """How a video is written. made: the format of the frames that are made; pix_fmt: that of the encoder."""
+    """How a video is written. made: the format of the frames that are made; pix_fmt: that of the encoder; lossless:
+    whether it keeps every code."""
 
     codec: Codec
     pix_fmt: str
     made: str
+    lossless: bool
     options: dict[str, str]
 
 
@@ -54,7 +56,8 @@ def choose(
     codec = codec or allowed[0]
     form = _pix_fmt(name, codec, size, bits, pix_fmt)
     made = "rgb24" if form == "bgr0" else form
-    return Choice(codec=codec, pix_fmt=form, made=made, options=_quality(codec, crf, form, name))
+    lossless = codec == "ffv1" or crf == 0
+    return Choice(codec=codec, pix_fmt=form, made=made, lossless=lossless, options=_quality(codec, crf, form, name))
 
 
 def _pix_fmt(name: str, codec: Codec, size: tuple[int, int], bits: int | None, asked: str | None) -> str:
@@ -62,6 +65,9 @@ def _pix_fmt(name: str, codec: Codec, size: tuple[int, int], bits: int | None, a
         known = [form.name for form in av.Codec(ENCODERS[codec], "w").video_formats or ()]
     except UnknownCodecError as error:
         raise VideoError(f"{name}: this PyAV cannot write {codec}; choose another codec or update av.") from error
+    if asked is not None and asked not in known:
+        writable = ", ".join(form for form in known if _can_be_made(form))
+        raise VideoError(f"{name}: {codec} video is not written as {asked}; choose {writable}.")
     depths = _DEPTHS.get(codec, (8, 10))
     bits = bits or (_bits(asked) if asked else depths[0])
     form = asked or _usual(codec, size, bits)
@@ -118,7 +124,8 @@ def _quality(codec: Codec, crf: float | None, form: str, name: str) -> dict[str,
     if not 0 <= crf <= worst:
         raise VideoError(f"{name}: the quality crf is {crf:g}; {codec} takes 0 (lossless) to {worst}.")
     if codec == "h264":
-        return {"crf": f"{crf:g}", "preset": "medium"}
+        quality = {"crf": f"{crf:g}"} if crf else {"qp": "0"}  # crf 0 is lossless with 8 bits alone
+        return quality | {"preset": "medium"}
     if codec == "vp9":
         return {"crf": f"{crf:g}", "b": "0", "cpu-used": "4"} | ({} if crf else {"lossless": "1"})
     lossless = {} if crf else {"svtav1-params": "lossless=1"}  # crf 0 would be its default

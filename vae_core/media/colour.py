@@ -81,6 +81,31 @@ class Coding:
         out[1].mul_(chroma_span / (4 * (1 - kr)))
         return out.add_(middle)
 
+    def visible(self, chroma: Tensor) -> Tensor:
+        """(2, h, w) whole codes, those of colours that RGB has at no brightness brought towards grey until it has."""
+        most, least = self._colour_range(chroma)
+        excess = (most - least) / 2
+        middle = self._scales[2]
+        return torch.where(excess > 1, ((chroma - middle) / excess).trunc() + middle, chroma)
+
+    def luma_range(self, chroma: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest whole luma at which RGB has the colours (2, h, w); it may be none: low > high."""
+        black, span, _, _ = self._scales
+        most, least = self._colour_range(chroma)
+        slack = 1e-3  # of a code: what float32 leaves
+        low, high = least.mul_(-span / 2).add_(black), most.sub_(2).mul_(-span / 2).add_(black)
+        return low.sub_(slack).ceil_(), high.add_(slack).floor_()
+
+    def _colour_range(self, chroma: Tensor) -> tuple[Tensor, Tensor]:
+        """The highest and the lowest of red, green and blue, less luma, at (2, h, w) codes."""
+        _, _, middle, chroma_span = self._scales
+        kr, kb = _WEIGHTS[self.matrix]
+        blue, red = chroma.sub(middle).mul_(4 / chroma_span).unbind(0)
+        blue, red = blue * (1 - kb), red * (1 - kr)
+        green = (blue * kb + red * kr) / (kr + kb - 1)
+        offsets = torch.stack((red, green, blue))
+        return offsets.amax(0), offsets.amin(0)
+
     def rounded(self, plane: Tensor) -> Tensor:
         """Whole code values that the range allows."""
         black, span, _, chroma_span = self._scales

@@ -41,8 +41,8 @@ def picture_paths(path: Path, count: int) -> list[Path]:
         if count > 1:
             numbered = path.with_name(f"{path.stem}_%05d{path.suffix}").name
             raise VideoError(
-                f"{path}: {count} frames do not go into one picture; give a numbered name such as {numbered}, a video, "
-                "or --frames 1."
+                f"{path}: {count} frames do not go into one picture; give a numbered name such as {numbered}, or a "
+                "video."
             )
         return [path]
     if len(_NUMBER.findall(path.name)) > 1:

@@ -215,10 +215,13 @@ def _rows(plane: VideoPlane) -> NDArray[np.uint8]:
 class FromRGB:
     """Converts RGB to frames of `pix_fmt`, planar YCbCr or planar or packed RGB; YCbCr as BT.709, limited range.
 
-    size: (height, width).
+    size: (height, width). settled: choose among the codes that stand for colours that RGB has, also between colour
+    samples; those are read and written again without any change, ever. Where edges are as saturated as RGB holds, it
+    costs likeness: without it, the first copy is nearer and each further one goes some of the way.
     """
 
-    def __init__(self, pix_fmt: str, size: tuple[int, int]) -> None:
+    def __init__(self, pix_fmt: str, size: tuple[int, int], *, settled: bool = False) -> None:
+        self._settled = settled
         self._format = VideoFormat(pix_fmt, size[1], size[0])
         self._bits = self._format.components[0].bits
         self._coding = Coding(matrix=BT709, full=False, bits=self._bits)
@@ -239,14 +242,36 @@ class FromRGB:
             weights = rgb.new_tensor((0.2126, 0.7152, 0.0722)).view(3, 1, 1)
             _fill(frame, 0, (rgb * weights).sum(0).add_(1).mul_((2**self._bits - 1) / 2).round_())
             return frame
+        luma, chroma = self._settle(rgb) if self._settled else self._codes(rgb)
+        _fill(frame, 0, luma)
+        for component in (1, 2):
+            _fill(frame, component, chroma[component - 1])
+        return frame
+
+    def _codes(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """Luma (h, w) and chroma (2, h, w)."""
         luma = self._coding.luma(rgb)
         chroma = self._coding.chroma(rgb, luma)
         down, across = _ratios(self._format)
         chroma = halved(chroma, down=down == 2, across=across == 2, cosited=(False, True))
-        _fill(frame, 0, self._coding.rounded(luma))
-        for component in (1, 2):
-            _fill(frame, component, self._coding.rounded(chroma[component - 1]))
-        return frame
+        return self._coding.rounded(luma), self._coding.rounded(chroma)
+
+    def _settle(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        luma, chroma, wide, exact = self._nearest(rgb)
+        if not exact:  # what is seen of the codes, which are a little beyond RGB, has exact ones
+            luma, chroma, _, _ = self._nearest(self._coding.to_rgb(luma, *wide))
+        return luma, chroma
+
+    def _nearest(self, rgb: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """The nearest codes of colours that RGB has; the enlarged chroma; whether there were some everywhere."""
+        luma, chroma = self._codes(rgb)
+        chroma = self._coding.visible(chroma)
+        down, across = _ratios(self._format)
+        wide = enlarged(chroma, *luma.shape, down=down, across=across, cosited=(False, True))
+        low, high = self._coding.luma_range(wide)
+        none, middle = low > high, (low + high).div_(2).round_()
+        luma = luma.maximum(torch.where(none, middle, low)).minimum(torch.where(none, middle, high))
+        return luma, chroma, wide, not bool(none.any())
 
 
 def _fill(frame: VideoFrame, number: int, codes: Tensor) -> None:

@@ -96,8 +96,8 @@ def on_grid(times: Sequence[Fraction], end: Fraction, fps: Fraction, first: int 
 
 
 def _is_grid(stamps: Sequence[int], unit: Fraction, rate: Fraction) -> bool:
-    """Whether the stamps are what an even grid gives when it is rounded to units."""
-    return furthest(stamps, unit, rate) <= unit * Fraction(101, 100)
+    """Whether the stamps are what an even grid gives when it is rounded to units, which may be as long as a frame."""
+    return furthest(stamps, unit, rate) <= min(unit * Fraction(101, 100), HALF / rate)
 
 
 def furthest(stamps: Sequence[int], unit: Fraction, rate: Fraction) -> Fraction:

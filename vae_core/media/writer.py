@@ -103,7 +103,7 @@ class VideoWriter:
                 f"{self._name}: a rate of {float(self._fps):g} frames per second; above 0 to 1000 can be stored."
             )
         self._choice = choose(self._name, self._suffix, size, codec, bits, pix_fmt, crf)
-        self._convert = FromRGB(self._choice.made, size)
+        self._convert = FromRGB(self._choice.made, size, settled=self._choice.lossless)
         self._repacked = VideoReformatter()
 
     @property

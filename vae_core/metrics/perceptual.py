@@ -133,7 +133,7 @@ def _torchmetrics_heads(kind: str) -> Path:
     spec = importlib.util.find_spec("torchmetrics")
     if spec is None or spec.origin is None:
         raise CheckpointError(
-            "The trained heads of LPIPS come with torchmetrics, which is not installed: pip install "
-            "'cviv-vae[evaluation]', or give a file that the lpips package saved."
+            "The trained heads of LPIPS come with torchmetrics, which is not installed: "
+            'pip install -e ".[evaluation]" in the folder of cviv-vae, or give a file that the lpips package saved.'
         )
     return Path(spec.origin).parent / "functional" / "image" / "lpips_models" / f"{kind}.pth"
