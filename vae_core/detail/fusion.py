@@ -8,7 +8,8 @@ latent k stands for frames 4k - 3 to 4k; in training its image was held to a fra
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,12 @@ from torch import Tensor
 from ..families import VIDEO, Windows
 from ..metrics.motion import LEVELS, luma, optical_flow, require_opencv, warp
 from ..run.windows import rechunk
+from .agreement import gained, verified
 
 FLOW_TOLERANCE = 2.0  # pixels by which a motion there and back may miss, at a confidence of 0.5
 LIGHT_TOLERANCE = 16.0  # levels of 255 by which a moved frame may differ, at a confidence of 0.5
 MOST_CONFIDENCE = 0.95
+_LEAST_SHARE = 0.05  # of its frame that a keyframe must sharpen, or it is left alone
 _LIGHT_BLUR = 1.5  # pixels; what differs within less than this is detail, not another picture
 _MATCH_BAND = (1.0, 6.0)  # pixels; both decoders agree on what lies between these blurs
 _MATCH_MARGIN = 0.002  # correlation by which an earlier frame of a group must match better than a later one
@@ -40,6 +43,11 @@ class DetailSettings:
     radius: float
     confidence: float
 
+    @property
+    def caution(self) -> float:
+        """How often a doubt counts: 0, 1 at a confidence of 0.5, 19 at 0.95."""
+        return self.confidence / (1 - self.confidence)
+
     def __post_init__(self) -> None:
         allowed = {"strength": (0, 2), "radius": (0.5, 32), "confidence": (0, MOST_CONFIDENCE)}
         for name, (least, most) in allowed.items():
@@ -52,7 +60,8 @@ class DetailSettings:
 class Fused:
     """Frames with their detail.
 
-    frames: (1, 3, t, h, w) in [-1, 1]. carried: for each, the share of the picture, 0 to 1, that got detail.
+    frames: (1, 3, t, h, w) in [-1, 1]. carried: for each, the share of the picture, 0 to 1, whose detail was changed by
+    at least a level of 255.
     likeness: how well the keyframe that the last of these frames shows matches it, a correlation of -1 to 1; None where
     that frame shows no keyframe.
     """
@@ -64,11 +73,19 @@ class Fused:
 
 @dataclass(frozen=True, kw_only=True)
 class _Anchor:
-    """A frame (3, h, w) that a keyframe shows, its number, and the keyframe's detail."""
+    """A frame (3, h, w) that a keyframe shows, its number, the keyframe's detail, and how alike the two are.
+
+    change: what the detail adds to this frame; None while unknown, and where it is too little to be worth anything.
+    """
 
     number: int
     frame: Tensor
     detail: Tensor
+    likeness: float
+    change: Tensor | None = None
+
+
+_Span = tuple[Sequence[Tensor], "_Anchor | None"]
 
 
 def check_counts(frames: int, keyframes: int) -> None:
@@ -100,17 +117,72 @@ def fuse_detail(frames: Iterable[Tensor], keyframes: Iterable[Tensor], settings:
         return
     require_opencv()
     before: _Anchor | None = None
+    start = 0
+    for span, after in _checked(_spans(frames, keyframes, settings.radius), settings):
+        yield _fuse_span(span, start, (before, after), settings)
+        start, before = start + len(span), after
+
+
+def _spans(frames: Iterable[Tensor], keyframes: Iterable[Tensor], radius: float) -> Iterator[_Span]:
+    """The frames up to one that a keyframe shows, with its anchor; last, those after it."""
     waiting: list[Tensor] = []
     start = 0  # number of the first frame that waits
     for group, keyframe in _groups(frames, keyframes):
         found, likeness = _shown(group, keyframe)
         at = start + len(waiting) + found
-        after = _Anchor(number=at, frame=group[found], detail=_detail(keyframe, settings.radius))
-        span = [*waiting, *group[: found + 1]]
-        yield _fuse_span(span, start, (before, after), settings, likeness)
-        start, waiting, before = at + 1, list(group[found + 1 :]), after
+        anchor = _Anchor(number=at, frame=group[found], detail=_detail(keyframe, radius), likeness=likeness)
+        yield [*waiting, *group[: found + 1]], anchor
+        start, waiting = at + 1, list(group[found + 1 :])
     if waiting:
-        yield _fuse_span(waiting, start, (before, None), settings, None)
+        yield waiting, None
+
+
+def _checked(spans: Iterator[_Span], settings: DetailSettings) -> Iterator[_Span]:
+    """The same spans, one later, with the detail of each anchor held against that of the anchors around it."""
+    before: _Anchor | None = None
+    given: _Anchor | None = None  # `before`, checked
+    held: tuple[Sequence[Tensor], _Anchor] | None = None
+    for span, after in chain(spans, [([], None)]):
+        if held is not None:
+            given = _verified(held[1], (before, after), settings, given)
+            yield held[0], given
+            before = held[1]
+        held = None if after is None else (span, after)
+        if after is None and span:
+            yield span, None
+
+
+def _verified(
+    anchor: _Anchor,
+    around: tuple[_Anchor | None, _Anchor | None],
+    settings: DetailSettings,
+    given: _Anchor | None,
+) -> _Anchor:
+    """Only what the detail of an anchor shares with that of its neighbours, where they lie in its frame.
+
+    given: the anchor before, checked; where the video stands still, its detail stands still, too.
+    """
+    own = _detail(anchor.frame, settings.radius)
+    moved = [_moved(anchor.frame, other, settings) for other in around if other is not None]
+    if not moved:
+        return anchor  # a single keyframe: nothing can be checked
+    others, trust = _mixed(own, moved, [1.0] * len(moved))
+    detail = verified(own, anchor.detail, own + trust * (others - own), settings.caution)
+    if given is not None and given.change is not None:
+        detail = torch.lerp(detail, given.detail, _still(anchor.frame, given.frame))
+    change = gained(own, detail, detail, detail)
+    return replace(anchor, detail=detail, change=change if _share(change) >= _LEAST_SHARE else None)
+
+
+def _still(frame: Tensor, other: Tensor) -> Tensor:
+    """(1, h, w): 1 where two frames are equal, to half a level of 255; 0 where they differ by a level."""
+    apart = blur((frame - other).square().mean(0, keepdim=True), _LIGHT_BLUR).sqrt() * (LEVELS / 2)
+    return (2 - 2 * apart).clamp(0, 1)
+
+
+def _share(change: Tensor) -> float:
+    """Of a picture, 0 to 1, that a change (3, h, w) touches by a level of 255 and more."""
+    return float((blur(change.square().mean(0, keepdim=True), _LIGHT_BLUR).sqrt() >= 2 / LEVELS).float().mean())
 
 
 def blur(picture: Tensor, deviation: float) -> Tensor:
@@ -178,49 +250,51 @@ def _detail(picture: Tensor, radius: float) -> Tensor:
 
 
 def _fuse_span(
-    span: Sequence[Tensor],
-    start: int,
-    anchors: tuple[_Anchor | None, _Anchor | None],
-    settings: DetailSettings,
-    likeness: float | None,
+    span: Sequence[Tensor], start: int, anchors: tuple[_Anchor | None, _Anchor | None], settings: DetailSettings
 ) -> Fused:
     """The frames from number `start` on, which lie between two anchors, the second one included."""
     fused: list[Tensor] = []
     carried: list[float] = []
     for number, frame in enumerate(span, start):
-        detail, trust = _carried_detail(frame, number, anchors, settings)
-        change = settings.strength * trust * (detail - _detail(frame, settings.radius))
-        fused.append((frame + change).clamp(-1, 1))
-        carried.append(float(trust.mean()))
+        change = _change(
+            frame, number, [anchor for anchor in anchors if anchor and anchor.change is not None], settings
+        )
+        fused.append(frame if change is None else (frame + settings.strength * change).clamp(-1, 1))
+        carried.append(0.0 if change is None else _share(change))
+    likeness = None if anchors[1] is None else anchors[1].likeness
     return Fused(frames=torch.stack(fused, dim=1)[None], carried=tuple(carried), likeness=likeness)  # 1 c t h w
 
 
-def _carried_detail(
-    frame: Tensor, number: int, anchors: tuple[_Anchor | None, _Anchor | None], settings: DetailSettings
-) -> tuple[Tensor, Tensor]:
-    """Detail (3, h, w) for a frame, mixed from both anchors, and how far it is to be trusted, (1, h, w) in 0..1."""
-    near = [anchor for anchor in anchors if anchor is not None]
+def _change(frame: Tensor, number: int, near: Sequence[_Anchor], settings: DetailSettings) -> Tensor | None:
+    """What the detail of the anchors around a frame adds to it, (3, h, w); None without anchors."""
+    if not near:
+        return None
     exact = next((anchor for anchor in near if anchor.number == number), None)
     if exact is not None:
-        return exact.detail, torch.ones_like(frame[:1])
+        return exact.change
+    own = _detail(frame, settings.radius)
     gap = near[-1].number - near[0].number
-    mixed, weight, most = torch.zeros_like(frame), torch.zeros_like(frame[:1]), torch.zeros_like(frame[:1])
-    for anchor in near:
-        detail, trust = _moved(frame, anchor, settings.confidence)
-        share = trust * (1 - abs(number - anchor.number) / gap if gap else 1.0)
-        mixed, weight, most = mixed + share * detail, weight + share, torch.maximum(most, trust)
-    return mixed / weight.clamp(min=1e-6), most
+    shares = [1 - abs(number - anchor.number) / gap if gap else 1.0 for anchor in near]
+    moved = [_moved(frame, anchor, settings) for anchor in near]
+    mean, trust = _mixed(own, moved, shares)
+    first, second = (mean + trusted * (detail - mean) for detail, trusted in (moved[0], moved[-1]))
+    return trust * gained(own, mean, first, second)
 
 
-def _moved(frame: Tensor, anchor: _Anchor, confidence: float) -> tuple[Tensor, Tensor]:
-    """An anchor's detail where it lies in `frame`, and how far the motion is to be trusted."""
+def _mixed(own: Tensor, moved: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The mean of moved details by their trust and share, `own` where there is no trust, and the best trust."""
+    weights = [share * trust for share, (_, trust) in zip(shares, moved, strict=True)]
+    total = sum(weights, start=torch.full_like(own[:1], 1e-6))
+    mean = sum((weight * detail for weight, (detail, _) in zip(weights, moved, strict=True)), start=1e-6 * own) / total
+    return mean, torch.stack([trust for _, trust in moved]).amax(0)
+
+
+def _moved(frame: Tensor, anchor: _Anchor, settings: DetailSettings) -> tuple[Tensor, Tensor]:
+    """An anchor's detail where it lies in `frame`, and how far the motion is to be trusted, (1, h, w) in 0..1."""
     ours, theirs = (frame + 1) * (LEVELS / 2), (anchor.frame + 1) * (LEVELS / 2)
     back, there = optical_flow(ours, theirs), optical_flow(theirs, ours)
-    detail = warp(anchor.detail, back)
-    if confidence == 0:
-        return detail, torch.ones_like(frame[:1])
-    doubt = confidence / (1 - confidence)
-    missed = (back + warp(there, back)).square().sum(0, keepdim=True) * (doubt / FLOW_TOLERANCE) ** 2
-    differs = blur(ours - warp(theirs, back), _LIGHT_BLUR).square().mean(0, keepdim=True)
-    trust = torch.exp(-(missed + differs * (doubt / LIGHT_TOLERANCE) ** 2) / 2)
+    detail = warp(anchor.detail, back, "bicubic")
+    missed = (back + warp(there, back)).square().sum(0, keepdim=True) / FLOW_TOLERANCE**2
+    differs = blur(ours - warp(theirs, back), _LIGHT_BLUR).square().mean(0, keepdim=True) / LIGHT_TOLERANCE**2
+    trust = torch.exp(-(missed + differs) * settings.caution**2 / 2)
     return detail, blur(trust, 1.0)  # soft edges
