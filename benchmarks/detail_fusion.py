@@ -13,7 +13,7 @@ Each of PSNR, flicker and pulse is given for the video alone / the video after a
 PSNR: mean over frames, dB, of at most 60. flicker: change of the error from frame to frame, levels of 255. pulse: by
 how much the energy above a blur of 1.5 pixels, as a share of the source's, differs between the four frames of a latent.
 added: the share of the picture that got detail, as the node reports it. A case is worse where keyframe detail is below
-the video alone by more than 0.005 dB of PSNR or 0.01 levels of flicker.
+the video alone by more than 0.005 dB of PSNR, or has more flicker by over 1 % and 0.01 levels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from detail_scenes import KEYFRAMES, PAIRS, SCENES, TIME, VIDEOS, each, shown  # noqa: E402
+from detail_scenes import KEYFRAMES, PAIRS, SCENES, VIDEOS, each, shown  # noqa: E402
 
 import vae_core  # noqa: E402
 from vae_core.detail.fusion import DetailSettings, fuse_detail  # noqa: E402
@@ -42,8 +42,9 @@ from vae_core.metrics.phases import phase_spread  # noqa: E402
 BUNDLED = ROOT / "vae_core" / "demo" / "demo_clip.mp4"
 SIZES = {True: (192, 320), False: (256, 448)}  # of the bundled clip, of others
 DEMO = (("demo", "image VAE"), ("demo", "noisy"))
+REAL_PAIRS = (("soft", "noisy"), ("soft", "mean"), ("uneven", "mean"), ("sharp", "softer"))
 MOST_PSNR = 60.0
-PSNR_SLACK, FLICKER_SLACK = 0.005, 0.01  # dB, levels
+PSNR_SLACK, FLICKER_SLACK, FLICKER_SHARE = 0.005, 0.01, 0.01  # dB, levels, of the flicker alone
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Figures:
     pulse: float
 
     def worse_than(self, other: Figures) -> bool:
-        return self.psnr < other.psnr - PSNR_SLACK or self.flicker > other.flicker + FLICKER_SLACK
+        return self.psnr < other.psnr - PSNR_SLACK or self.flicker > other.flicker * (1 + FLICKER_SHARE) + FLICKER_SLACK
 
 
 def main() -> None:
@@ -103,9 +104,10 @@ def _row(alone: Figures, mask: Figures, ours: Figures, added: float) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", nargs="*", help="a video file and, after @, its first frame")
-    parser.add_argument("--frames", type=int, default=25)
+    parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--scenes", nargs="*", default=list(SCENES), choices=list(SCENES))
     parser.add_argument("--made-only", action="store_true", help="no real clips, no demo VAEs")
+    parser.add_argument("--real-only", action="store_true", help="no made scenes")
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--radius", type=float, default=3.0)
     parser.add_argument("--confidence", type=float, default=0.5)
@@ -114,7 +116,7 @@ def _options() -> argparse.Namespace:
 
 
 def _cases(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Tensor, Tensor, Tensor]]:
-    for scene in options.scenes:
+    for scene in () if options.real_only else options.scenes:
         source = SCENES[scene](options.frames)
         for video, keyframes in PAIRS:
             yield scene, video, keyframes, source, VIDEOS[video](source), KEYFRAMES[keyframes](source)
@@ -122,7 +124,7 @@ def _cases(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Tensor,
         return
     for name in [f"{BUNDLED}@0", *options.clips]:
         source, label = _read(name, options.frames), Path(name).stem.partition("@")[0]
-        for video, keyframes in PAIRS:
+        for video, keyframes in REAL_PAIRS:
             yield label, video, keyframes, source, VIDEOS[video](source), KEYFRAMES[keyframes](source)
         decoded, images = _by_demo_vaes(source)
         for video, keyframes in DEMO:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from vae_core.detail.fusion import blur  # noqa: E402
-from vae_core.families import VIDEO  # noqa: E402
+from vae_core.detail.fusion import blur
+from vae_core.families import VIDEO
 
 TIME = VIDEO.time
 SIDES = 144, 192
@@ -144,7 +144,7 @@ def noisy(images: Tensor, strength: float = NOISE) -> Tensor:
 
 
 VIDEOS: dict[str, Callable[[Tensor], Tensor]] = {
-    "soft": lambda source: each(source, [1.2]),  # shares of a pixel cannot be told from the keyframes
+    "soft": lambda source: each(source, [1.2]),
     "uneven": lambda source: each(source, [0.7, 1.3, 1.5, 1.0]),  # sharper at the end of every group
     "sharp": lambda source: source.clone(),
 }

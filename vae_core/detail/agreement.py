@@ -15,6 +15,7 @@ _STEP = TILE // 2
 _SURE = (0.4, 0.8)  # from which share of certainty some detail, and all of it, is taken
 _MORE = (1.1, 1.5)  # energy, as a multiple of the video's own, that is needed for that
 _PHASE = (0.5, 0.8)  # likeness to the frame's own detail
+_MOST_LEVEL = 2.0  # of a frame's detail, as a multiple of that of the keyframes' frames
 _PRIOR = 0.1  # how much the likeness of a whole tile counts for each of its frequencies
 _TINY = 1e-8
 
@@ -32,16 +33,20 @@ def verified(own: Tensor, keyframe: Tensor, others: Tensor, caution: float) -> T
     return own + _picture(change * _ramp(sure, _SURE), own.shape[-2:])
 
 
-def gained(own: Tensor, mean: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def gained(own: Tensor, mean: Tensor, base: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """The change (3, h, w) that gives a frame the `mean` detail of two keyframes, only where it gains by it.
 
     That is, as far as what `first` and `second` have in common has more energy than the frame's `own` detail, and the
-    phase of it: it shows the same at the same place.
+    phase of it: it shows the same at the same place. base: the own detail of the keyframes' frames, mixed alike; what
+    is new in this frame, and so not in the base, stays as it is.
     """
-    ours, theirs = _spectra(own), _spectra(mean)
+    ours, theirs, before = _spectra(own), _spectra(mean), _spectra(base)
     common = _pooled((_spectra(first) * _spectra(second).conj()).real)
     more = common / _pooled(ours.abs().square()).clamp(min=_TINY)
-    return _picture((theirs - ours) * _ramp(more, _MORE) * _in_phase(theirs, ours), own.shape[-2:])
+    along, energy = (ours * before.conj()).real, before.abs().square()
+    level = _over_tiles(along.mean(0)[None]) / _over_tiles(energy.mean(0)[None]).clamp(min=_TINY)
+    change = theirs - level.clamp(0, _MOST_LEVEL) * before
+    return _picture(change * _ramp(more, _MORE) * _in_phase(theirs, ours), own.shape[-2:])
 
 
 def _in_phase(theirs: Tensor, ours: Tensor) -> Tensor:
