@@ -7,7 +7,8 @@ videos: `soft`, each frame blurred by 1.2 pixels; `uneven`, by 0.7 to 1.5 pixels
 a latent; `sharp`, the source; `demo`, the demo CV-VAE's reconstruction.
 keyframes: `true`, the frames 0, 4, 8 ... of the source; `noisy`, with a blur of 0.5 pixels and noise of 2.5 levels;
 `drawn`, one of the four frames by chance; `mean`, the mean of the four, so blurred by motion; `invented`, with fine
-detail that is another in each; `other`, mirrored; `softer`, blurred by 0.8 pixels; `image VAE`, by the demo IV-VAE.
+detail that is another in each; `other`, turned upside down; `softer`, blurred by 0.8 pixels; `image VAE`, the frames
+through the demo IV-VAE as single images.
 
 Each of PSNR, flicker and pulse is given for the video alone / the video after an unsharp mask / keyframe detail.
 PSNR: mean over frames, dB, of at most 60. flicker: change of the error from frame to frame, levels of 255. pulse: by

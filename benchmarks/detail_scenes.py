@@ -168,7 +168,7 @@ KEYFRAMES: dict[str, Callable[[Tensor], Tensor]] = {
     "drawn": lambda source: each(shown(source, drawn=True), [0.5]),
     "mean": means,
     "invented": invented,
-    "other": lambda source: shown(source).flip(-1),
+    "other": lambda source: shown(source).flip(-2, -1),
     "softer": lambda source: each(shown(source), [0.8]),
 }
 
