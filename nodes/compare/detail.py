@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...vae_core.detail import MOST_CONFIDENCE, DetailSettings, check_counts, fuse_detail
 from ...vae_core.families import VIDEO
-from ..bridge.running import Run
+from ..bridge.running import Run, report_ui
 from ..bridge.schema import describe, field
 from ..bridge.wire import chunks_of, images_of, pixels_of
 
@@ -73,6 +73,7 @@ class DetailFusion(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="How much of the picture got detail, and where least."),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
             is_experimental=True,
         )
 
@@ -88,8 +89,10 @@ class DetailFusion(io.ComfyNode):
         if strength == 0:
             run.step(run.total)
             run.note("strength 0: the frames are as they were")
-            return io.NodeOutput(frames, run.finish())
-        return io.NodeOutput(_fuse(video, images, settings, run), run.finish())
+        else:
+            frames = _fuse(video, images, settings, run)
+        report = run.finish()
+        return io.NodeOutput(frames, report, ui=report_ui(report))
 
 
 def _fuse(video: Tensor, images: Tensor, settings: DetailSettings, run: Run) -> Tensor:
