@@ -54,7 +54,9 @@ def test_the_floor_is_what_pyproject_allows() -> None:
     assert sorted(pinned) == sorted(allowed)
     for name, bound in allowed.items():
         assert pinned[name].split(".")[: len(bound.split("."))] == bound.split("."), name
-    python = next(step["with"]["python-version"] for step in steps if "with" in step and "python-version" in step["with"])
+    python = next(
+        step["with"]["python-version"] for step in steps if "with" in step and "python-version" in step["with"]
+    )
     assert project["requires-python"] == f">={python}"
 
 
@@ -69,7 +71,9 @@ def test_dependabot_and_the_issue_form_ask_for_what_is_needed() -> None:
 
 def test_the_guide_and_its_stages_travel_together() -> None:
     packed = PROJECT["tool"]["setuptools"]["data-files"]
-    named = {re.sub(r".*/", "", one) for one in re.findall(r"configs/\w+\.toml", (ROOT / "docs/training.md").read_text())}
+    named = {
+        re.sub(r".*/", "", one) for one in re.findall(r"configs/\w+\.toml", (ROOT / "docs/training.md").read_text())
+    }
     files = {path.name for pattern in packed["share/cviv-vae/configs"] for path in ROOT.glob(pattern)}
     assert len(named) >= 8
     assert named <= files
@@ -84,7 +88,12 @@ def test_local_links_lead_somewhere(name: str) -> None:
 
 
 def test_every_named_result_is_there_and_every_picture_is_shown() -> None:
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/**/*.md"), *ROOT.glob("vae_core/**/*.md")]
+    pages = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("web/docs/**/*.md"),
+        *ROOT.glob("vae_core/**/*.md"),
+    ]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     assert sorted({name for name in MEASURED.findall(text) if not (ROOT / name).is_file()}) == []
     kept = [path for path in (ROOT / "docs").iterdir() if path.suffix in (".png", ".jpg", ".webp")]

@@ -17,7 +17,7 @@ export class Input {
     handle.addEventListener("pointerdown", (event) => this.drag(event, (at) => this.dividerTo(at[0])));
     stage.addEventListener("pointerdown", (event) => this.onStage(event));
     stage.addEventListener("pointermove", (event) => {
-      this.player.cursor = this.player.dragging ? null : this.at(event);
+      this.player.cursor = this.player.dragging ? null : this.within(this.at(event));
       this.player.draw();
     });
     stage.addEventListener("pointerleave", () => {
@@ -32,6 +32,12 @@ export class Input {
     const box = this.player.stage.getBoundingClientRect();
     const scale = scaleOf(this.player.stage);
     return [(event.clientX - box.left) / scale, (event.clientY - box.top) / scale];
+  }
+
+  /** A place moved onto the stage: browsers round where the pointer is, at its edge to a place outside. */
+  within(at) {
+    const { clientWidth, clientHeight } = this.player.stage;
+    return [Math.min(Math.max(at[0], 0), clientWidth - 0.5), Math.min(Math.max(at[1], 0), clientHeight - 0.5)];
   }
 
   /** Follow the pointer until it is let go. */
