@@ -26,19 +26,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
-from picture_subjects import AS_THEY_COME, GRAPHS, OF_TEMPLATES, OWN
+from picture_subjects import AS_THEY_COME, GRAPHS, OF_TEMPLATES, OWN, SUBJECTS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, HELP, TEMPLATES = ROOT / "docs", ROOT / "web" / "docs" / "pictures", ROOT / "example_workflows"
-RUN = 1_800_000  # milliseconds
 SHOWN = {"width": 1900, "height": 1300}  # of the page
+THUMBNAIL = 400  # pixels
+CORNER = 80, 100  # of what is taken, in pixels of the page: tabs and side bar are left of it and above
 MARGIN = 18  # pixels of the graph around what is shown
 HIDDEN = """.side-tool-bar-container, .side-tool-bar-container *, .comfyui-body-top, .comfyui-body-left,
   .actionbar-container, .workflow-tabs-container, .graph-canvas-menu, .p-toast, .p-buttongroup, .litegraph-fps,
-  .subgraph-breadcrumb,   .p-splitter-gutter, .side-bar-panel, .actionbar, .p-panel { visibility: hidden !important; }"""
+  .subgraph-breadcrumb, .p-splitter-gutter, .side-bar-panel, .actionbar, .p-panel { visibility: hidden !important; }"""
 
 
 def tests(name: str) -> Any:
@@ -85,16 +86,13 @@ class Studio:
 
     def run(self, only: list[int] | None = None) -> None:
         """Run the graph, or what the output nodes `only` need."""
-        if only is None:
-            ended = tests("browser").press_run(self.page, RUN)
-        else:
-            ended = self.page.evaluate(
-                """ids => new Promise(resolve => {
-                    for (const name of ["execution_success", "execution_error", "execution_interrupted"])
-                        window.app.api.addEventListener(name, () => resolve(name), { once: true });
-                    window.app.queuePrompt(0, 1, ids.map(String)); })""",
-                only,
-            )
+        ended = self.page.evaluate(
+            """ids => { const { app } = window, end = new Promise(resolve => {
+                for (const name of ["execution_success", "execution_error", "execution_interrupted"])
+                    app.api.addEventListener(name, () => resolve(name), { once: true }); });
+                app.queuePrompt(0, 1, ...(ids ? [ids.map(String)] : [])); return end; }""",
+            only,
+        )
         if ended != "execution_success":
             raise RuntimeError(f"The run ended with {ended}.")
         self.page.wait_for_timeout(2500)  # players load, nodes grow
@@ -113,18 +111,19 @@ class Studio:
         left, top = min(one.left for one in found) - MARGIN, min(one.top for one in found) - MARGIN
         width = max(one.left + one.width for one in found) + MARGIN - left
         height = max(one.top + one.height for one in found) + MARGIN - top
-        scale = scale or min(SHOWN["width"] / width, SHOWN["height"] / height, 1)
+        room = SHOWN["width"] - CORNER[0], SHOWN["height"] - CORNER[1]
+        scale = min(scale or 1, room[0] / width, room[1] / height)
         self.page.evaluate(
-            "([scale, left, top]) => { const { canvas } = window.app; canvas.deselectAll?.();"
-            " canvas.ds.scale = scale; canvas.ds.offset = [-left, -top]; canvas.setDirty(true, true); }",
-            [scale, left, top],
+            "([scale, left, top, [x, y]]) => { const { canvas } = window.app,"
+            " at = canvas.canvas.getBoundingClientRect();"
+            " canvas.deselectAll?.(); canvas.ds.scale = scale;"
+            " canvas.ds.offset = [(x - at.left) / scale - left, (y - at.top) / scale - top];"
+            " canvas.setDirty(true, true); }",
+            [scale, left, top, CORNER],
         )
         self.page.mouse.move(SHOWN["width"] - 2, SHOWN["height"] - 2)
         self.page.wait_for_timeout(900)  # the front end moves its elements after the canvas
-        origin = self.page.evaluate(
-            "(() => { const at = window.app.canvas.canvas.getBoundingClientRect(); return [at.left, at.top]; })()"
-        )
-        clip = {"x": origin[0], "y": origin[1], "width": width * scale, "height": height * scale}
+        clip = {"x": CORNER[0], "y": CORNER[1], "width": width * scale, "height": height * scale}
         return _picture(self.page.screenshot(clip=clip))
 
 
@@ -192,8 +191,8 @@ def _plain(page: Page) -> None:
 
 
 def make_graphs() -> None:
-    """The graphs in README, and a thumbnail of every template."""
-    with studio() as (shown, _):
+    """The graphs in README, a thumbnail of every template, and the nodes that are in them."""
+    with studio() as (shown, server):
         _plain(shown.page)
         for path in TEMPLATES.glob("*.jpg"):
             if not path.with_suffix(".json").exists():
@@ -201,14 +200,16 @@ def make_graphs() -> None:
         for path in sorted(TEMPLATES.glob("*.json")):
             shown.open(_read(path.stem))
             name, run = GRAPHS.get(path.stem, (None, "demo-" in path.read_text(encoding="utf-8")))
+            kinds = [kind for kind, template in OF_TEMPLATES.items() if template == path.stem]
             if run:
                 shown.run()
-            picture = shown.shoot()
+            elif "CVIV_SVDLongVideo" in kinds:
+                shown.run(shown.find("PreviewImage"))  # windows and their picture, no sampling
+            for kind in kinds:
+                _save_node(shown, kind)
             if name:
-                _save(_shrunk(picture, 1500), DOCS / f"{name}.png")
-            notes = shown.find("MarkdownNote")
-            graph = shown.shoot([one for one in shown.find(*_kinds(shown)) if one not in notes])
-            _save(_square(graph, 400), TEMPLATES / f"{path.stem}.jpg")
+                _save(_shrunk(shown.shoot(), 1500), DOCS / f"{name}.png")
+            _save(_result(server.base) if run else _subject(shown), TEMPLATES / f"{path.stem}.jpg")
     with studio(nodes_2=True) as (shown, _):
         _plain(shown.page)
         shown.open(_read("SVD 193 frames by windows"))
@@ -217,25 +218,33 @@ def make_graphs() -> None:
         _save(_shrunk(shown.shoot(shown.find(*kinds)), 1500), DOCS / "graph_svd_long.png")
 
 
-def _kinds(shown: Studio) -> list[str]:
-    return shown.page.evaluate("[...new Set(window.app.graph._nodes.map(node => node.type))]")
+def _result(base: Path) -> Image.Image:
+    """Four frames of the newest video, each cut to a square."""
+    import av
+
+    newest = max((base / "output" / "video").glob("*.mp4"), key=lambda path: path.stat().st_mtime_ns)
+    with av.open(str(newest)) as file:
+        frames = [frame.to_image() for frame in file.decode(video=0)]
+    square = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
+    half = THUMBNAIL // 2
+    for number in range(4):
+        frame = frames[number * (len(frames) - 1) // 3]
+        square.paste(_cover(frame, half - 2), (number % 2 * (half + 2), number // 2 * (half + 2)))
+    return square
+
+
+def _subject(shown: Studio) -> Image.Image:
+    """The node that a template is about."""
+    for kind in SUBJECTS:
+        if found := shown.find(kind):
+            return _cover(shown.shoot(found[:1], scale=1.3), THUMBNAIL)
+    raise RuntimeError("No node of SUBJECTS is in the template: add the one that it is about.")
 
 
 def make_nodes() -> None:
-    """A picture of every node for its help page."""
+    """Nodes that are in no template."""
     with studio() as (shown, _):
         _plain(shown.page)
-        by_template: dict[str, list[str]] = {}
-        for kind, template in OF_TEMPLATES.items():
-            by_template.setdefault(template, []).append(kind)
-        for template, kinds in by_template.items():
-            shown.open(_read(template))
-            if "demo-" in (TEMPLATES / f"{template}.json").read_text(encoding="utf-8"):
-                shown.run()
-            elif "CVIV_SVDLongVideo" in kinds:
-                shown.run(shown.find("PreviewImage"))
-            for kind in kinds:
-                _save_node(shown, kind)
         shown.open_prompt(OWN)
         shown.run()
         for kind in sorted({kind for kind, _ in OWN.values() if kind.startswith("CVIV_")} - set(OF_TEMPLATES)):
@@ -307,6 +316,7 @@ def make_pages() -> None:
         )
         page.locator('[data-testid="info-button"]').click()
         page.locator(".node-help-content img").first.wait_for()
+        page.mouse.move(600, 780)
         page.wait_for_timeout(1500)
         _save(_picture(page.screenshot()), DOCS / "help_page.png")
         browser.open_templates(page, tests("place").PACK)
@@ -333,13 +343,11 @@ def _shrunk(picture: Image.Image, width: int) -> Image.Image:
     return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
 
 
-def _square(picture: Image.Image, side: int) -> Image.Image:
-    """The whole picture on a square of its background."""
-    picture = picture.copy()
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    square = Image.new("RGB", (side, side), picture.getpixel((0, 0)))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
+def _cover(picture: Image.Image, side: int) -> Image.Image:
+    """A square out of the upper middle of a picture."""
+    edge = min(picture.size)
+    left = (picture.width - edge) // 2
+    return picture.crop((left, 0, left + edge, edge)).resize((side, side), Image.Resampling.LANCZOS)
 
 
 def _save(picture: Image.Image, path: Path) -> None:

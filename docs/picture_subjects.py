@@ -13,6 +13,17 @@ GRAPHS = {
     "Decode an AnimateDiff or SD latent batch with CV-VAE": ("graph_animatediff", False),
     "SVD image to 97 frames": ("graph_svd", False),
 }
+# the node that a template is about, where it is not run: the first of these that is in it
+SUBJECTS = (
+    "CVIV_DecodeLoop",
+    "CVIV_SVDChunkStore",
+    "CVIV_SVDEndImage",
+    "CVIV_SVDExtendClip",
+    "CVIV_SVDLongVideo",
+    "CVIV_DetailFusion",
+    "CVIV_TrainSVDAdapter",
+    "CVIV_DecodeToVideo",
+)
 # node -> template that it is taken from; and those in graphs of their own
 OF_TEMPLATES = {
     "CVIV_LoadVideoVAE": "Reconstruct a video",

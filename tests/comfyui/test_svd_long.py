@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .inprocess import CancelledRunError, Comfy, NodeError
+from .inprocess import CancelledRunError, Comfy, NodeError, RefusedError
 from .svd import small_svd
 from .svd_model import (
     LATENTS,
@@ -356,6 +356,13 @@ def test_picture_and_report(comfy: Comfy) -> None:
 def test_refusals(comfy: Comfy, latent: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(NodeError, match=message):
         comfy.call("CVIV_SVDLongVideo", model=small_svd(comfy), samples=latent, **{**LONG, **changes})
+
+
+def test_a_choice_that_is_gone_names_those_there_are(comfy: Comfy) -> None:
+    """ComfyUI replaces nodes, not values: a workflow saved with fuse linear is refused, before or in the run."""
+    with pytest.raises((NodeError, RefusedError)) as caught:
+        comfy.call("CVIV_SVDLongVideo", model=small_svd(comfy), samples=empty(20), **{**LONG, "fuse": "linear"})
+    assert all(choice in str(caught.value) for choice in ("fuse", "linear", *FUSES))
 
 
 def test_other_models_are_refused(comfy: Comfy) -> None:
