@@ -2,6 +2,7 @@
 
     COMFYUI_PATH=./ComfyUI python docs/make_pictures.py                 # all of them
     COMFYUI_PATH=./ComfyUI python docs/make_pictures.py nodes graphs    # some: graphs, nodes, player, pages, icon
+    CVIV_FRAMES=5 ...                                                   # no clip of more frames, on a slow machine
 
 Run it by the Python that has ComfyUI's requirements and tests/comfyui/requirements.txt, on a version with Nodes 2.0.
 Demo weights and bundled clip make what is seen; nodes of SVD get small random models, and nothing that these sample is
@@ -15,6 +16,7 @@ import importlib.machinery
 import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -25,8 +27,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw
+from picture_shapes import cover, icon, on_square, shrunk
 from picture_subjects import AS_THEY_COME, GRAPHS, OF_TEMPLATES, OWN, SUBJECTS
+from PIL import Image
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -35,11 +38,21 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS, HELP, TEMPLATES = ROOT / "docs", ROOT / "web" / "docs" / "pictures", ROOT / "example_workflows"
 SHOWN = {"width": 1900, "height": 1300}  # of the page
 THUMBNAIL = 400  # pixels
+STEPS = 34  # pictures of the loop
 CORNER = 80, 100  # of what is taken, in pixels of the page: tabs and side bar are left of it and above
 MARGIN = 18  # pixels of the graph around what is shown
 HIDDEN = """.side-tool-bar-container, .side-tool-bar-container *, .comfyui-body-top, .comfyui-body-left,
   .actionbar-container, .workflow-tabs-container, .graph-canvas-menu, .p-toast, .p-buttongroup, .litegraph-fps,
   .subgraph-breadcrumb, .p-splitter-gutter, .side-bar-panel, .actionbar, .p-panel { visibility: hidden !important; }"""
+
+
+def fewer(kind: str, inputs: dict[str, Any] | list[Any]) -> None:
+    """Bound the frames of a node, whose values have names or places, by CVIV_FRAMES."""
+    most = int(os.environ.get("CVIV_FRAMES") or 0)
+    name, place = {"CVIV_Encode": ("frame_count", 5), "ImageFromBatch": ("length", 1)}.get(kind, ("frame_count", None))
+    key: Any = name if isinstance(inputs, dict) else place
+    if most and key is not None and (not isinstance(inputs, dict) or key in inputs):
+        inputs[key] = min(inputs[key] or most, most)
 
 
 def tests(name: str) -> Any:
@@ -59,13 +72,17 @@ class Studio:
 
     def open(self, workflow: dict[str, Any]) -> None:
         """Open a workflow and show all of it."""
+        for node in workflow["nodes"]:
+            fewer(node["type"], node.get("widgets_values", []))
         self.page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
         self.page.wait_for_function("count => window.app.graph._nodes.length === count", arg=len(workflow["nodes"]))
         self.page.wait_for_timeout(1000)
 
     def open_prompt(self, nodes: dict[str, tuple[str, dict[str, Any]]]) -> None:
         """Open nodes in the form of a prompt, each in a place of its own."""
-        prompt = {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+        prompt = {name: {"class_type": kind, "inputs": {**inputs}} for name, (kind, inputs) in nodes.items()}
+        for node in prompt.values():
+            fewer(node["class_type"], node["inputs"])
         numbers = {name: str(number) for number, name in enumerate(prompt, 1)}
         links = {
             numbers[name]: {
@@ -197,7 +214,7 @@ def make_graphs() -> None:
         for path in TEMPLATES.glob("*.jpg"):
             if not path.with_suffix(".json").exists():
                 path.unlink()
-        for path in sorted(TEMPLATES.glob("*.json")):
+        for path in sorted(TEMPLATES.glob("*.json"), key=lambda path: "demo-" in path.read_text(encoding="utf-8")):
             shown.open(_read(path.stem))
             name, run = GRAPHS.get(path.stem, (None, "demo-" in path.read_text(encoding="utf-8")))
             kinds = [kind for kind, template in OF_TEMPLATES.items() if template == path.stem]
@@ -208,14 +225,14 @@ def make_graphs() -> None:
             for kind in kinds:
                 _save_node(shown, kind)
             if name:
-                _save(_shrunk(shown.shoot(), 1500), DOCS / f"{name}.png")
+                _save(shrunk(shown.shoot(), 1500), DOCS / f"{name}.png")
             _save(_result(server.base) if run else _subject(shown), TEMPLATES / f"{path.stem}.jpg")
     with studio(nodes_2=True) as (shown, _):
         _plain(shown.page)
         shown.open(_read("SVD 193 frames by windows"))
         shown.run(shown.find("PreviewImage"))
         kinds = ("ImageOnlyCheckpointLoader", "LoadImage", "CVIV_SVDConditioning", "CVIV_SVDLongVideo", "PreviewImage")
-        _save(_shrunk(shown.shoot(shown.find(*kinds)), 1500), DOCS / "graph_svd_long.png")
+        _save(shrunk(shown.shoot(shown.find(*kinds)), 1500), DOCS / "graph_svd_long.png")
 
 
 def _result(base: Path) -> Image.Image:
@@ -229,7 +246,7 @@ def _result(base: Path) -> Image.Image:
     half = THUMBNAIL // 2
     for number in range(4):
         frame = frames[number * (len(frames) - 1) // 3]
-        square.paste(_cover(frame, half - 2), (number % 2 * (half + 2), number // 2 * (half + 2)))
+        square.paste(cover(frame, half - 2), (number % 2 * (half + 2), number // 2 * (half + 2)))
     return square
 
 
@@ -237,7 +254,7 @@ def _subject(shown: Studio) -> Image.Image:
     """The node that a template is about."""
     for kind in SUBJECTS:
         if found := shown.find(kind):
-            return _cover(shown.shoot(found[:1], scale=1.3), THUMBNAIL)
+            return on_square(shown.shoot(found[:1], scale=1.3), THUMBNAIL)
     raise RuntimeError("No node of SUBJECTS is in the template: add the one that it is about.")
 
 
@@ -287,19 +304,19 @@ def make_player() -> None:
 
 
 def _save_loop(shown: Studio, path: Path) -> None:
-    """17 frames while the divider goes there and back."""
+    """The clip, again and again, while the divider goes there and back."""
     page = shown.page
     stage, forward = page.locator(".cviv-wipe-stage"), page.locator(".cviv-wipe .forward")
     box = stage.bounding_box()
     assert box is not None
     frames = []
-    for number in range(17):
-        across = 0.5 - 0.42 * math.cos(2 * math.pi * number / 17)
+    for number in range(STEPS):
+        across = 0.5 - 0.42 * math.cos(2 * math.pi * number / STEPS)
         page.mouse.click(box["x"] + across * box["width"], box["y"] + 0.8 * box["height"])
         forward.click()
         page.mouse.move(2, SHOWN["height"] - 2)
         page.wait_for_timeout(250)
-        frames.append(_shrunk(_picture(page.screenshot(clip=box)), 640))
+        frames.append(shrunk(_picture(page.screenshot(clip=box)), 640))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0, quality=55, method=6)
 
 
@@ -326,28 +343,8 @@ def make_pages() -> None:
 
 
 def make_icon() -> None:
-    """The pack's icon: frames one after another, the last of them whole."""
-    side = 400
-    picture = Image.new("RGB", (side, side), "#1f2430")
-    pen = ImageDraw.Draw(picture)
-    for number, colour in enumerate(("#2f4a6b", "#3b6ea5", "#57a0d3", "#f2b134")):
-        left, top = 60 + 40 * number, 70 + 35 * number
-        pen.rounded_rectangle((left, top, left + 170, top + 150), radius=18, fill=colour, outline="#1f2430", width=8)
-    pen.polygon(((245, 215), (245, 285), (305, 250)), fill="#1f2430")
-    _save(picture, DOCS / "icon.png")
-
-
-def _shrunk(picture: Image.Image, width: int) -> Image.Image:
-    if picture.width <= width:
-        return picture
-    return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
-
-
-def _cover(picture: Image.Image, side: int) -> Image.Image:
-    """A square out of the upper middle of a picture."""
-    edge = min(picture.size)
-    left = (picture.width - edge) // 2
-    return picture.crop((left, 0, left + edge, edge)).resize((side, side), Image.Resampling.LANCZOS)
+    """The pack's icon."""
+    _save(icon(400), DOCS / "icon.png")
 
 
 def _save(picture: Image.Image, path: Path) -> None:
