@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,3 +102,29 @@ def check_choice(what: str, got: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless `got` is one of `allowed`; ComfyUI 0.3 does not check the choices of V3 nodes."""
     if got not in allowed:
         raise ValueError(f"{what} is {got!r}; choose one of: {', '.join(allowed)}.")
+
+
+def before_run(*checks: tuple[Callable[[str], object], str | None]) -> bool | str:
+    """The answer of `validate_inputs`: True, or what the first failing check says of its value.
+
+    A value is None where it comes through a link and is not known yet.
+    """
+    try:
+        for check, value in checks:
+            if value is not None:
+                check(value)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def stamp(find: Callable[[Any], Path | None], name: Any) -> tuple[str, ...]:
+    """For `fingerprint_inputs`: what changes with the file that `find(name)` gives, or why there is none."""
+    try:
+        path = find(name)
+        if path is None:
+            return ()
+        status = path.stat()
+    except (AttributeError, TypeError, ValueError, OSError) as error:  # AttributeError: the name comes through a link
+        return (str(error),)
+    return str(path), str(status.st_mtime_ns), str(status.st_size)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...vae_core.detail import MOST_CONFIDENCE, DetailSettings, check_counts, fuse_detail
 from ...vae_core.families import VIDEO
-from ..bridge.running import Run
+from ..bridge.running import Run, report_ui
 from ..bridge.schema import describe, field
 from ..bridge.wire import chunks_of, images_of, pixels_of
 
@@ -77,6 +77,7 @@ class DetailFusion(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
             is_experimental=True,
         )
 
@@ -92,9 +93,11 @@ class DetailFusion(io.ComfyNode):
         if strength == 0:
             run.step(run.total)
             run.note("strength 0: the frames are as they were")
-            return io.NodeOutput(frames, run.finish())
-        result = _fuse(video, images, settings, run)
-        return io.NodeOutput(frames if result is None else result, run.finish())
+        else:
+            fused = _fuse(video, images, settings, run)
+            frames = frames if fused is None else fused
+        report = run.finish()
+        return io.NodeOutput(frames, report, ui=report_ui(report))
 
 
 def _fuse(video: Tensor, images: Tensor, settings: DetailSettings, run: Run) -> Tensor | None:

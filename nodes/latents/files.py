@@ -17,7 +17,7 @@ from torch import Tensor
 from ...vae_core.media.latents import RESERVED, LatentFile, LatentMeta, LatentWriter, open_latent
 from ..bridge.native import require
 from ..bridge.running import show_text
-from ..bridge.schema import check_choice, describe, field
+from ..bridge.schema import before_run, check_choice, describe, field, stamp
 from ..bridge.wire import (
     Facts,
     Layout,
@@ -97,22 +97,11 @@ class SaveVideoLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
-        try:
-            if filename_prefix is not None:  # None: it comes through a link
-                check_prefix(filename_prefix)
-        except ValueError as error:
-            return str(error)
-        return True
+        return before_run((check_prefix, filename_prefix))
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        prefix = inputs.get("filename_prefix")
-        if inputs.get("when_file_exists") != REUSE or prefix is None:
-            return ""
-        try:
-            return _stamp(reused_path(prefix))
-        except (ValueError, OSError) as error:
-            return str(error)
+        return stamp(reused_path, inputs.get("filename_prefix")) if inputs.get("when_file_exists") == REUSE else ""
 
     @classmethod
     def check_lazy_status(cls, **inputs: Any) -> list[str]:
@@ -141,14 +130,14 @@ class SaveVideoLatent(io.ComfyNode):
 
 
 class LoadVideoLatent(io.ComfyNode):
-    """A latent, or a part of it in time, from a file of the output or input folder."""
+    """A latent, or some of its frames, from a file of the output or input folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return describe(
             node_id="CVIV_LoadVideoLatent",
             display_name="Load Video Latent",
-            description="Loads what Save Video Latent or the command line saved; only the chosen part is read.",
+            description="Loads what Save Video Latent or the command line saved; only the chosen latents are read.",
             search_aliases=["load latent", "import latent", "resume"],
             inputs=[
                 field(
@@ -195,19 +184,11 @@ class LoadVideoLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
-        try:
-            if file is not None:
-                listed_path(file)
-        except ValueError as error:
-            return str(error)
-        return True
+        return before_run((listed_path, file))
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        try:
-            return *_stamp(listed_path(inputs["file"])), inputs["first_latent"], inputs["latent_count"]
-        except (AttributeError, ValueError, OSError) as error:  # AttributeError: the name comes through a link
-            return str(error)
+        return *stamp(listed_path, inputs.get("file")), inputs.get("first_latent"), inputs.get("latent_count")
 
     @classmethod
     def execute(cls, file: str, first_latent: int, latent_count: int, layout: str) -> io.NodeOutput:
@@ -336,13 +317,6 @@ def _workflow(hidden: Any) -> dict[str, str]:
         _log.warning("The workflow is too large to be saved with the latent: it is left out.")
         return {}
     return texts
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    if not path.exists():
-        return str(path), 0, 0
-    status = path.stat()
-    return str(path), status.st_mtime_ns, status.st_size
 
 
 NODES = [SaveVideoLatent, LoadVideoLatent]

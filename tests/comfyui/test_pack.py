@@ -138,6 +138,18 @@ def test_english_titles_are_those_of_the_code(comfy: Comfy) -> None:
     }
 
 
+def test_english_words_are_those_of_the_code(comfy: Comfy) -> None:
+    """The page shows the translation, also where the language is English."""
+    told = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    for node_id in ours(comfy):
+        schema, words = comfy.nodes[node_id].GET_SCHEMA(), told[node_id]
+        assert words["description"] == schema.description
+        assert {name: one["tooltip"] for name, one in words.get("inputs", {}).items()} == {
+            one.id: one.tooltip for one in schema.inputs
+        }
+        assert [one["tooltip"] for one in words.get("outputs", {}).values()] == [one.tooltip for one in schema.outputs]
+
+
 def _pictures(markdown: str) -> list[str]:
     """Relative addresses of the pictures in a page."""
     parts = [part.partition(")")[0] for part in markdown.split("](")[1:]]
