@@ -138,7 +138,7 @@ def _video_coder(config: ModelConfig, checkpointing: bool) -> Coder:
 
 
 def _video_network(config: ModelConfig) -> Network:
-    if config.init == "fresh":
+    if config.init in ("fresh", "linear"):
         network = FAMILIES[config.family].network(video_config(config))
         _narrow_posterior(network)
         return network

@@ -22,7 +22,8 @@ CV_LONGEST = 17  # frames that CV-VAE handles in one call
 class ModelConfig:
     """What is trained, and from where.
 
-    init: "fresh" draws weights; "weights" takes `weights`, a file of this stage's model or demo-cv-vae, demo-iv-vae;
+    init: "fresh" draws weights; "linear" (iv-vae of the published parts, stage video) then sets them to a linear code of
+    the pictures that are trained on, see `linear_start`; "weights" takes `weights`, a file of this stage's model or demo-cv-vae, demo-iv-vae;
     "inflate" (video only) makes the video VAE of the image VAE `weights`, or for iv-vae of two of them.
     widths, blocks_per_level, latent_channels (cv-vae, cv-vae-sd3) and dim, latent_channels, halves (iv-vae; halves for
     the image stage only) are the size where init is "fresh"; otherwise the weights say it.
@@ -33,7 +34,7 @@ class ModelConfig:
     """
 
     family: Literal["cv-vae", "cv-vae-sd3", "iv-vae"]
-    init: Literal["fresh", "weights", "inflate"]
+    init: Literal["fresh", "linear", "weights", "inflate"]
     weights: tuple[str, ...] = ()
     widths: tuple[int, ...] | None = None
     blocks_per_level: int | None = None
@@ -61,16 +62,19 @@ class ModelConfig:
             )
         size = ("dim", "latent_channels") if self.family == "iv-vae" else _CV_SIZE
         missing = [name for name in size if getattr(self, name) is None]
-        if self.init == "fresh" and missing:
-            raise ValueError(f"init is 'fresh', and {', '.join(missing)} must say the size of the {self.family}.")
+        if self.init in _MADE and missing:
+            raise ValueError(f"init is '{self.init}', and {', '.join(missing)} must say the size of the {self.family}.")
         most = 2 if self.family == "iv-vae" and self.init == "inflate" else 1
-        if self.init != "fresh" and not 1 <= len(self.weights) <= most:
+        if self.init == "linear" and self.family != "iv-vae":
+            raise ValueError(f"init = 'linear' starts an iv-vae; for {self.family} use 'fresh', 'inflate' or 'weights'.")
+        if self.init not in _MADE and not 1 <= len(self.weights) <= most:
             raise ValueError(
                 f"init is '{self.init}', which needs {'one or two files' if most == 2 else 'one file'} in weights; "
                 f"got {len(self.weights)}."
             )
 
 
+_MADE = ("fresh", "linear")  # without weights
 _CV_SIZE = ("widths", "blocks_per_level", "latent_channels")
 
 
@@ -247,10 +251,12 @@ class TrainConfig:
         longest = max(batch.frames for batch in self.data.batches)
         if self.validation is not None:
             longest = max(longest, self.validation.frames)
-        if self.stage == "image" and (longest > 1 or self.regularization is not None or self.model.init == "inflate"):
+        if self.stage == "image" and (
+            longest > 1 or self.regularization is not None or self.model.init in ("linear", "inflate")
+        ):
             raise ValueError(
-                "stage is 'image', which has frames = 1 everywhere, no [regularization] and no init = 'inflate'; "
-                "these belong to stage 'video'."
+                "stage is 'image', which has frames = 1 everywhere, no [regularization] and no init = 'linear' or "
+                "'inflate'; these belong to stage 'video'."
             )
         if self.model.family != "iv-vae" and longest > CV_LONGEST:
             raise ValueError(

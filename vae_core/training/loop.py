@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .discriminator import PatchDiscriminator
 from .draws import Draws, draw
 from .journal import Journal
+from .linear_start import start_linear
 from .losses import discriminator_hinge, find_lpips
 from .objective import Objective, Trained, check_channels, full
 from .schedule import Optimizers
@@ -76,7 +77,10 @@ class Trainer:
         self.device = device
         self.step = 0
         self.checkpoints = Checkpoints(folder=config.out / "checkpoints", keep=config.run.keep)
-        self.trained = Trained(make_coder(config), config.regularization).to(device)
+        coder = make_coder(config)
+        if config.model.init == "linear":
+            start_linear(coder, open_batches(config, 0, 1))
+        self.trained = Trained(coder, config.regularization).to(device)
         self.optimizers = Optimizers(
             self.trained, config.optimizer, output_layer=f"coder.{self.trained.coder.output_layer}"
         )
