@@ -22,8 +22,7 @@ CV_LONGEST = 17  # frames that CV-VAE handles in one call
 class ModelConfig:
     """What is trained, and from where.
 
-    init: "fresh" draws weights; "linear" (iv-vae of the published parts, stage video) then sets them to a linear code of
-    the pictures that are trained on, see `linear_start`; "weights" takes `weights`, a file of this stage's model or demo-cv-vae, demo-iv-vae;
+    init: "fresh" draws weights; "weights" takes `weights`, a file of this stage's model or demo-cv-vae, demo-iv-vae;
     "inflate" (video only) makes the video VAE of the image VAE `weights`, or for iv-vae of two of them.
     widths, blocks_per_level, latent_channels (cv-vae, cv-vae-sd3) and dim, latent_channels, halves (iv-vae; halves for
     the image stage only) are the size where init is "fresh"; otherwise the weights say it.
@@ -31,10 +30,11 @@ class ModelConfig:
     or 1 and 0.
     temporal_conv, branches, motion_perception: parts of a fresh IV-VAE, other than the published ones, see `IVParts`;
     where init is "weights" the file says them.
+    train: "decoder" leaves the encoder as it is, so that latents stay exactly what they were.
     """
 
     family: Literal["cv-vae", "cv-vae-sd3", "iv-vae"]
-    init: Literal["fresh", "linear", "weights", "inflate"]
+    init: Literal["fresh", "weights", "inflate"]
     weights: tuple[str, ...] = ()
     widths: tuple[int, ...] | None = None
     blocks_per_level: int | None = None
@@ -46,6 +46,7 @@ class ModelConfig:
     temporal_conv: TemporalConv = PUBLISHED.temporal_conv
     branches: Literal[1, 2] = PUBLISHED.branches
     motion_perception: bool = PUBLISHED.motion_perception
+    train: Literal["all", "decoder"] = "all"
 
     @property
     def parts(self) -> IVParts:
@@ -62,19 +63,16 @@ class ModelConfig:
             )
         size = ("dim", "latent_channels") if self.family == "iv-vae" else _CV_SIZE
         missing = [name for name in size if getattr(self, name) is None]
-        if self.init in _MADE and missing:
-            raise ValueError(f"init is '{self.init}', and {', '.join(missing)} must say the size of the {self.family}.")
+        if self.init == "fresh" and missing:
+            raise ValueError(f"init is 'fresh', and {', '.join(missing)} must say the size of the {self.family}.")
         most = 2 if self.family == "iv-vae" and self.init == "inflate" else 1
-        if self.init == "linear" and self.family != "iv-vae":
-            raise ValueError(f"init = 'linear' starts an iv-vae; for {self.family} use 'fresh', 'inflate' or 'weights'.")
-        if self.init not in _MADE and not 1 <= len(self.weights) <= most:
+        if self.init != "fresh" and not 1 <= len(self.weights) <= most:
             raise ValueError(
                 f"init is '{self.init}', which needs {'one or two files' if most == 2 else 'one file'} in weights; "
                 f"got {len(self.weights)}."
             )
 
 
-_MADE = ("fresh", "linear")  # without weights
 _CV_SIZE = ("widths", "blocks_per_level", "latent_channels")
 
 
@@ -191,7 +189,9 @@ class RunConfig:
 
     steps: 0 writes the initial weights and ends, which is how a VAE is only inflated. accumulation: batches for one
     step. ema: share that the moving average of the weights keeps at each step; 0 for none. keep: how many checkpoints
-    stay. checkpointing: compute activations again in the backward pass; a third slower, and far less memory.
+    stay. fit_output: batches that the decoder's last convolution is fitted to by least squares after the last step, see
+    `output_fit`; 0 for none. checkpointing: compute activations again in the backward pass; a third slower, and far
+    less memory.
     """
 
     steps: int
@@ -200,13 +200,19 @@ class RunConfig:
     checkpointing: bool = True
     accumulation: int = 1
     ema: float = 0.999
+    fit_output: int = 0
     save_every: int = 1000
     keep: int = 3
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or min(self.accumulation, self.save_every, self.keep, self.log_every) < 1:
-            raise ValueError("steps must be 0 or more; accumulation, save_every, keep and log_every 1 or more.")
+        if (
+            min(self.steps, self.fit_output) < 0
+            or min(self.accumulation, self.save_every, self.keep, self.log_every) < 1
+        ):
+            raise ValueError(
+                "steps and fit_output must be 0 or more; accumulation, save_every, keep and log_every 1 or more."
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema:g}; needed is 0 (none) or a share below 1, such as 0.999.")
 
@@ -251,12 +257,10 @@ class TrainConfig:
         longest = max(batch.frames for batch in self.data.batches)
         if self.validation is not None:
             longest = max(longest, self.validation.frames)
-        if self.stage == "image" and (
-            longest > 1 or self.regularization is not None or self.model.init in ("linear", "inflate")
-        ):
+        if self.stage == "image" and (longest > 1 or self.regularization is not None or self.model.init == "inflate"):
             raise ValueError(
-                "stage is 'image', which has frames = 1 everywhere, no [regularization] and no init = 'linear' or "
-                "'inflate'; these belong to stage 'video'."
+                "stage is 'image', which has frames = 1 everywhere, no [regularization] and no init = 'inflate'; "
+                "these belong to stage 'video'."
             )
         if self.model.family != "iv-vae" and longest > CV_LONGEST:
             raise ValueError(

@@ -22,9 +22,9 @@ from .config import TrainConfig
 from .discriminator import PatchDiscriminator
 from .draws import Draws, draw
 from .journal import Journal
-from .linear_start import start_linear
 from .losses import discriminator_hinge, find_lpips
 from .objective import Objective, Trained, check_channels, full
+from .output_fit import fit_output
 from .schedule import Optimizers
 from .sources import frozen_image_vae, open_batches
 from .tables import as_table, changes
@@ -77,10 +77,7 @@ class Trainer:
         self.device = device
         self.step = 0
         self.checkpoints = Checkpoints(folder=config.out / "checkpoints", keep=config.run.keep)
-        coder = make_coder(config)
-        if config.model.init == "linear":
-            start_linear(coder, open_batches(config, 0, 1))
-        self.trained = Trained(coder, config.regularization).to(device)
+        self.trained = Trained(make_coder(config), config.regularization).to(device)
         self.optimizers = Optimizers(
             self.trained, config.optimizer, output_layer=f"coder.{self.trained.coder.output_layer}"
         )
@@ -283,6 +280,8 @@ class Trainer:
 
     def _write_weights(self) -> None:
         if processes.rank() == 0:
+            if self.config.run.fit_output > 0:
+                fit_output(self.best_coder, self.batches, self.config.run.fit_output)
             self.best_coder.save(self.config.out / FINAL)
         processes.wait()
 

@@ -1,6 +1,7 @@
-"""The pictures and clips that the demo weights were trained on, gathered from packages into one folder.
+r"""The pictures and clips that the demo weights were trained on, gathered from packages into one folder.
 
-    pip download --no-deps comfyui-workflow-templates-media-image==0.3.160 comfyui-workflow-templates-media-video==0.3.101
+    pip download --no-deps comfyui-workflow-templates-media-image==0.3.160 \
+        comfyui-workflow-templates-media-video==0.3.101 \
         comfyui-workflow-templates-media-assets-01==0.1.48 comfyui-workflow-templates-media-assets-02==0.1.24
     pip download --no-deps --only-binary=:all: --python-version 3.10 --platform manylinux2014_x86_64 scipy==1.9.3
     npm pack @pmndrs/assets@1.7.0
@@ -47,7 +48,9 @@ SCIKIT_IMAGE = (
 WALLPAPER = "seeding_by_Clements_Engelhardt.jpg"
 GREY = 0.2  # linear light that the geometric mean of a panorama is brought to
 EXPOSURE_LIMIT = 50.0
-TEMPLATE_SIDE = 288  # short side that pictures of templates are shrunk to: they are compressed, and sharp again after that
+TEMPLATE_SIDE = (
+    288  # short side that pictures of templates are shrunk to: they are compressed, and sharp again after that
+)
 LEAST_FRAMES = 17  # of an animation that is kept as a clip
 CLIPS = "clips"  # folder of the animations of templates
 
