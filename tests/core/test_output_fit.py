@@ -1,19 +1,25 @@
-"""The decoder's last convolution by least squares."""
+"""The decoder's last convolution by least squares, and the decoder trained alone."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import vae_core
 from vae_core.families import FAMILIES
 from vae_core.families.cv_vae import CVVAEConfig
 from vae_core.families.iv_vae import IVParts, IVVAEConfig
 from vae_core.training import output_fit
 from vae_core.training.clips import Batch
-from vae_core.training.coders import VideoCoder
+from vae_core.training.coders import VideoCoder, make_coder
+from vae_core.training.config import ModelConfig
+from vae_core.training.loop import FINAL, Trainer
 from vae_core.training.output_fit import fit_output
 from vae_core.training.tables import ConfigError
+
+from .small_training import SIZES, Squares, small_config, watching
 
 
 def coder(family, parts=None):
@@ -82,3 +88,27 @@ def test_a_kernel_that_nothing_was_read_for_stays():
 def test_other_networks_are_refused():
     with pytest.raises(ConfigError, match="fit_output is for CV-VAE and for IV-VAE of the published parts"):
         fit_output(coder("iv-vae", IVParts(temporal_conv="causal")), [], 1)
+
+
+# ------------------------------------------------------------------------------------------------------ in a run
+
+
+def test_a_run_fits_the_last_convolution_at_its_end(tmp_path):
+    config = small_config(tmp_path)
+    config = replace(config, run=replace(config.run, steps=2, ema=0.0, fit_output=3))
+    assert Trainer(config, torch.device("cpu"), Squares(1, 5)).run(watching())
+    trained = vae_core.load(tmp_path / "checkpoints/step_00000002.safetensors").model.state_dict()
+    final = vae_core.load(tmp_path / FINAL).model.state_dict()
+    changed = {name for name, value in final.items() if not torch.equal(value, trained[name])}
+    assert changed == {"decoder.conv_out.weight", "decoder.conv_out.bias"}
+
+
+@pytest.mark.parametrize("family", ["cv-vae", "iv-vae"])
+def test_the_decoder_alone_can_be_trained(family, tmp_path):
+    config = small_config(tmp_path, model=ModelConfig(family=family, init="fresh", train="decoder", **SIZES[family]))
+    before = make_coder(config).state_dict()
+    trainer = Trainer(config, torch.device("cpu"), Squares(1, 5))
+    assert trainer.run(watching())
+    after = trainer.coder.state_dict()
+    changed = {name.split(".")[1] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == ({"decoder", "from_latent"} if family == "iv-vae" else {"decoder"})
