@@ -1,7 +1,6 @@
-r"""The pictures and clips that the demo weights were trained on, gathered from packages into one folder.
+r"""The pictures that the demo weights were trained on, gathered from packages into one folder.
 
     pip download --no-deps comfyui-workflow-templates-media-image==0.3.160 \
-        comfyui-workflow-templates-media-video==0.3.101 \
         comfyui-workflow-templates-media-assets-01==0.1.48 comfyui-workflow-templates-media-assets-02==0.1.24
     pip download --no-deps --only-binary=:all: --python-version 3.10 --platform manylinux2014_x86_64 scipy==1.9.3
     npm pack @pmndrs/assets@1.7.0
@@ -10,7 +9,7 @@ r"""The pictures and clips that the demo weights were trained on, gathered from 
     python -m vae_core.training.photographs FOLDER --scipy scipy-1.9.3-*.whl --assets pmndrs-assets-1.7.0.tgz
         --wallpapers wallpapers --templates comfyui_workflow_templates_media_image-*.whl --templates ...
 
-The photographs are CC0 or in the public domain, the pictures and clips of the templates under the MIT license, as their
+The photographs are CC0 or in the public domain, the pictures of the templates under the MIT license, as their
 packages say; `vae_core/demo/README.md` lists them.
 """
 
@@ -27,7 +26,6 @@ import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import av
 import numpy as np
 import typer
 from numpy.typing import NDArray
@@ -48,11 +46,7 @@ SCIKIT_IMAGE = (
 WALLPAPER = "seeding_by_Clements_Engelhardt.jpg"
 GREY = 0.2  # linear light that the geometric mean of a panorama is brought to
 EXPOSURE_LIMIT = 50.0
-TEMPLATE_SIDE = (
-    288  # short side that pictures of templates are shrunk to: they are compressed, and sharp again after that
-)
-LEAST_FRAMES = 17  # of an animation that is kept as a clip
-CLIPS = "clips"  # folder of the animations of templates
+TEMPLATE_SIDE = 288  # least short side that pictures of templates are shrunk to, so that compressed ones are sharp
 
 
 def from_scikit_image(out: Path) -> None:
@@ -115,7 +109,7 @@ def from_wallpapers(folder: Path, out: Path) -> None:
 
 
 def from_templates(wheel: Path, out: Path) -> None:
-    """Pictures of a wheel of ComfyUI's workflow templates, the middle frame of each animation, and the animations."""
+    """Pictures of a wheel of ComfyUI's workflow templates; the middle frame of each animation."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if Path(name).suffix not in (".webp", ".png", ".jpg") or "/templates/" not in name:
@@ -124,10 +118,7 @@ def from_templates(wheel: Path, out: Path) -> None:
                 frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
             if min(frames[0].size) < TEMPLATE_SIDE:
                 continue
-            stem = f"template_{Path(name).stem}"
-            _shrunk(frames[len(frames) // 2]).save(out / f"{stem}.png")
-            if len(frames) >= LEAST_FRAMES:
-                _write_clip(frames, out / CLIPS / f"{stem}.mkv")
+            _shrunk(frames[len(frames) // 2]).save(out / f"template_{Path(name).stem}.png")
 
 
 def _shrunk(picture: Image.Image) -> Image.Image:
@@ -136,20 +127,6 @@ def _shrunk(picture: Image.Image) -> Image.Image:
     short = TEMPLATE_SIDE * (2 if side >= 2 * TEMPLATE_SIDE else 1)
     size = (round(picture.width * short / side), round(picture.height * short / side))
     return picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def _write_clip(frames: list[Image.Image], path: Path) -> None:
-    """Frames of a short side of TEMPLATE_SIDE, without loss."""
-    path.parent.mkdir(exist_ok=True)
-    scale = TEMPLATE_SIDE / min(frames[0].size)
-    width, height = (round(side * scale) for side in frames[0].size)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=16)
-        stream.width, stream.height, stream.pix_fmt = width, height, "bgr0"
-        for frame in frames:
-            small = frame.resize((width, height), Image.Resampling.LANCZOS)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(small), format="rgb24")))
-        container.mux(stream.encode())
 
 
 def main(
