@@ -189,9 +189,7 @@ class RunConfig:
 
     steps: 0 writes the initial weights and ends, which is how a VAE is only inflated. accumulation: batches for one
     step. ema: share that the moving average of the weights keeps at each step; 0 for none. keep: how many checkpoints
-    stay. fit_output: batches that the decoder's last convolution is fitted to by least squares after the last step, see
-    `output_fit`; 0 for none. checkpointing: compute activations again in the backward pass; a third slower, and far
-    less memory.
+    stay. checkpointing: compute activations again in the backward pass; a third slower, and far less memory.
     """
 
     steps: int
@@ -200,19 +198,13 @@ class RunConfig:
     checkpointing: bool = True
     accumulation: int = 1
     ema: float = 0.999
-    fit_output: int = 0
     save_every: int = 1000
     keep: int = 3
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        if (
-            min(self.steps, self.fit_output) < 0
-            or min(self.accumulation, self.save_every, self.keep, self.log_every) < 1
-        ):
-            raise ValueError(
-                "steps and fit_output must be 0 or more; accumulation, save_every, keep and log_every 1 or more."
-            )
+        if self.steps < 0 or min(self.accumulation, self.save_every, self.keep, self.log_every) < 1:
+            raise ValueError("steps must be 0 or more; accumulation, save_every, keep and log_every 1 or more.")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema:g}; needed is 0 (none) or a share below 1, such as 0.999.")
 

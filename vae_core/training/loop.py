@@ -24,7 +24,6 @@ from .draws import Draws, draw
 from .journal import Journal
 from .losses import discriminator_hinge, find_lpips
 from .objective import Objective, Trained, check_channels, full
-from .output_fit import fit_output
 from .schedule import Optimizers
 from .sources import frozen_image_vae, open_batches
 from .tables import as_table, changes
@@ -280,8 +279,6 @@ class Trainer:
 
     def _write_weights(self) -> None:
         if processes.rank() == 0:
-            if self.config.run.fit_output > 0:
-                fit_output(self.best_coder, self.batches, self.config.run.fit_output)
             self.best_coder.save(self.config.out / FINAL)
         processes.wait()
 

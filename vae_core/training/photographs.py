@@ -1,4 +1,4 @@
-r"""The pictures that the demo weights were trained on, gathered from packages into one folder.
+r"""Pictures to train demo weights on, gathered from packages into one folder.
 
     pip download --no-deps comfyui-workflow-templates-media-image==0.3.160 \
         comfyui-workflow-templates-media-assets-01==0.1.48 comfyui-workflow-templates-media-assets-02==0.1.24
@@ -10,7 +10,8 @@ r"""The pictures that the demo weights were trained on, gathered from packages i
         --wallpapers wallpapers --templates comfyui_workflow_templates_media_image-*.whl --templates ...
 
 The photographs are CC0 or in the public domain, the pictures of the templates under the MIT license, as their
-packages say; `vae_core/demo/README.md` lists them.
+packages say. The demo weights were trained without those of the templates; `vae_core/demo/README.md` lists what they
+were trained on.
 """
 
 from __future__ import annotations
