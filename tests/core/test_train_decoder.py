@@ -1,6 +1,7 @@
 """The decoder trained alone."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from .small_training import SIZES, Squares, small_config, watching
 
 
 @pytest.mark.parametrize("family", ["cv-vae", "iv-vae"])
-def test_the_encoder_stays_as_it_is(family: str, tmp_path: Path) -> None:
+def test_the_encoder_stays_as_it_is(family: Literal["cv-vae", "iv-vae"], tmp_path: Path) -> None:
     config = small_config(tmp_path, model=ModelConfig(family=family, init="fresh", train="decoder", **SIZES[family]))
     before = make_coder(config).state_dict()
     trainer = Trainer(config, torch.device("cpu"), Squares(1, 5))
