@@ -163,7 +163,6 @@ def invented(source: Tensor) -> Tensor:
 
 
 KEYFRAMES: dict[str, Callable[[Tensor], Tensor]] = {
-    "true": shown,
     "noisy": lambda source: noisy(each(shown(source), [0.5])),
     "drawn": lambda source: each(shown(source, drawn=True), [0.5]),
     "mean": means,
@@ -173,7 +172,6 @@ KEYFRAMES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 PAIRS = (
-    ("soft", "true"),
     ("soft", "noisy"),
     ("soft", "drawn"),
     ("soft", "mean"),

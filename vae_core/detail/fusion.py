@@ -23,6 +23,7 @@ from .agreement import gained, verified
 FLOW_TOLERANCE = 2.0  # pixels by which a motion there and back may miss, at a confidence of 0.5
 LIGHT_TOLERANCE = 16.0  # levels of 255 by which a moved frame may differ, at a confidence of 0.5
 MOST_CONFIDENCE = 0.95
+_LEAST_LIKENESS = 0.25  # correlation below which a keyframe shows another picture
 _LEAST_SHARE = 0.05  # of its frame that a keyframe must sharpen, or it is left alone
 _EDGE = 6  # pixels in which detail fades out at the edge of doubtful motion
 _FLOW_BLUR = 2.0  # pixels; smooths the motion
@@ -114,9 +115,9 @@ def fuse_detail(frames: Iterable[Tensor], keyframes: Iterable[Tensor], settings:
     First each keyframe is held against those before and after it: what they do not share is not taken. Then a frame
     between two keyframes takes from both, the nearer one more, moved by the optical flow of the video, where that adds
     energy to its own detail. Where the flow is not to be trusted, and where a keyframe would add to less than 5 % of
-    its frame, the video stays as it is; so does a video with a single keyframe. Raises ValueError for counts or sizes
-    that do not belong together (a stream's count is known only at its end: `check_counts` says it before) and without
-    OpenCV, unless strength is 0.
+    its frame or shows another picture, the video stays as it is; so does a video with a single keyframe. Raises
+    ValueError for counts or sizes that do not belong together (a stream's count is known only at its end:
+    `check_counts` says it before) and without OpenCV, unless strength is 0.
     """
     if settings.strength == 0:
         for chunk in frames:
@@ -172,8 +173,8 @@ def _verified(
     """
     own = anchor.own
     moved = [_moved(anchor.frame, other, settings) for other in around if other is not None]
-    if not moved:
-        return anchor  # a single keyframe: nothing can be checked
+    if not moved or anchor.likeness < _LEAST_LIKENESS:
+        return anchor  # a single keyframe, which nothing can be checked by, or one of another picture
     others, trust = _mixed(own, moved, [1.0] * len(moved))
     other, other_own = (own + trust * (detail - own) for detail in others.split(3))
     base = (own + other_own) / 2
