@@ -113,6 +113,7 @@ class Studio:
         if ended != "execution_success":
             raise RuntimeError(f"The run ended with {ended}.")
         self.page.wait_for_timeout(2500)  # players load, nodes grow
+        self.page.get_by_text("Job completed").wait_for(state="hidden")
 
     def find(self, *kinds: str) -> list[int]:
         """Ids of the nodes of these types."""
@@ -352,7 +353,7 @@ def _save(picture: Image.Image, path: Path) -> None:
     if path.suffix == ".jpg":
         picture.save(path, quality=85)
     else:
-        picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        picture.save(path, optimize=True)
     print(path.relative_to(ROOT), *picture.size, flush=True)
 
 
