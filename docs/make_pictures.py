@@ -318,7 +318,7 @@ def _save_loop(shown: Studio, path: Path) -> None:
         page.mouse.move(2, SHOWN["height"] - 2)
         page.wait_for_timeout(250)
         frames.append(shrunk(_picture(page.screenshot(clip=box)), 640))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0, quality=55, method=6)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0, quality=55, method=3)
 
 
 def make_pages() -> None:
