@@ -2,12 +2,12 @@
 
 from .door.info import VAEInfo
 from .door.loading import DEMO_FOLDER, DEMO_WEIGHTS, load, official_state, save
+from .door.output import NotFiniteError
 from .door.vae import VideoVAE
-from .errors import CheckpointError, LatentFileError, VideoError
+from .errors import BudgetError, CheckpointError, LatentFileError, VideoError
 from .families import Compression, Direction
 from .plan.planner import Plan
-from .run.output import NotFiniteError
-from .run.tiling import AnyPlan, ReferencePlan, TilePlan
+from .run.tiling import AnyPlan, ReferencePlan, StripPlan, TilePlan
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,7 @@ __all__ = [
     "DEMO_FOLDER",
     "DEMO_WEIGHTS",
     "AnyPlan",
+    "BudgetError",
     "CheckpointError",
     "Compression",
     "Direction",
@@ -22,6 +23,7 @@ __all__ = [
     "NotFiniteError",
     "Plan",
     "ReferencePlan",
+    "StripPlan",
     "TilePlan",
     "VAEInfo",
     "VideoError",
