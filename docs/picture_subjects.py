@@ -74,6 +74,5 @@ AS_THEY_COME = {
     "CVIV_ApplySVDAdapter": {"adapter": "svd_cv_vae.safetensors", "strength": 1.0, "precise": True},
     "CVIV_AnimatedSamplingPreview": {"show": "contact sheet", "every": 2, "colours": "auto", "fps": 8.0, "side": 768,
                                      "most_frames": 64},
-    "CVIV_LoadVideoLatent": {"file": "latents/long_00001_.latent.safetensors", "first_latent": 0, "latent_count": 0,
-                             "layout": "as saved"},
+    "CVIV_LoadVideoLatent": {"first_latent": 0, "latent_count": 0, "layout": "as saved"},
 }  # fmt: skip
