@@ -57,7 +57,7 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
                                "operation": "add"}),
     "info": ("CVIV_VideoVAEInfo", {"vae": ["vae", 0]}),
     "plan": ("CVIV_Plan", {"vae": ["vae", 0], "direction": "decode", "frames": 97, "width": 1024, "height": 576,
-                           "memory_budget_gb": 1.0}),
+                           "memory_budget_gb": 6.0}),
     "layout": ("CVIV_LatentLayout", {"samples": ["latent", 0], "layout": "video 5-D", "clips": 1}),
     "composite": ("CVIV_Composite", {"original": ["nine", 0], "edited": ["images", 0], "mask": ["mask", 0],
                                      "feather": 16, "match_colour": False}),
