@@ -94,6 +94,7 @@ class Studio:
             }
             for name, node in prompt.items()
         }
+        self.page.evaluate("window.app.clean()")  # what nodes of the same number gave in the graph before
         self.page.evaluate("prompt => window.app.loadApiJson(prompt, 'pictures')", links)
         self.page.evaluate(
             "window.app.graph._nodes.forEach((node, index) => {"
@@ -113,6 +114,7 @@ class Studio:
         if ended != "execution_success":
             raise RuntimeError(f"The run ended with {ended}.")
         self.page.wait_for_timeout(2500)  # players load, nodes grow
+        self.page.get_by_text("Job completed").wait_for(state="hidden")
 
     def find(self, *kinds: str) -> list[int]:
         """Ids of the nodes of these types."""
@@ -123,13 +125,20 @@ class Studio:
 
     def shoot(self, ids: list[int] | None = None, scale: float | None = None) -> Image.Image:
         """The nodes `ids`, or all with their groups, at `scale`, or as large as the page has room for."""
-        rectangles = tests("rectangles")
-        found = [one for one in rectangles.measure(self.page) if ids is None or one.id in ids]
+        self._frame(ids, scale)
+        self.page.wait_for_timeout(900)  # only what is in sight is drawn, and grows with its pictures
+        width, height = self._frame(ids, scale)
+        self.page.mouse.move(SHOWN["width"] - 2, SHOWN["height"] - 2)
+        self.page.wait_for_timeout(900)  # the front end moves its elements after the canvas
+        return _picture(self.page.screenshot(clip={"x": CORNER[0], "y": CORNER[1], "width": width, "height": height}))
+
+    def _frame(self, ids: list[int] | None, scale: float | None) -> tuple[float, float]:
+        """Move the graph so that the nodes begin at CORNER; their width and height in pixels of the page."""
+        found = [one for one in tests("rectangles").measure(self.page) if ids is None or one.id in ids]
         left, top = min(one.left for one in found) - MARGIN, min(one.top for one in found) - MARGIN
         width = max(one.left + one.width for one in found) + MARGIN - left
         height = max(one.top + one.height for one in found) + MARGIN - top
-        room = SHOWN["width"] - CORNER[0], SHOWN["height"] - CORNER[1]
-        scale = min(scale or 1, room[0] / width, room[1] / height)
+        scale = min(scale or 1, (SHOWN["width"] - CORNER[0]) / width, (SHOWN["height"] - CORNER[1]) / height)
         self.page.evaluate(
             "([scale, left, top, [x, y]]) => { const { canvas } = window.app,"
             " at = canvas.canvas.getBoundingClientRect();"
@@ -138,10 +147,7 @@ class Studio:
             " canvas.setDirty(true, true); }",
             [scale, left, top, CORNER],
         )
-        self.page.mouse.move(SHOWN["width"] - 2, SHOWN["height"] - 2)
-        self.page.wait_for_timeout(900)  # the front end moves its elements after the canvas
-        clip = {"x": CORNER[0], "y": CORNER[1], "width": width * scale, "height": height * scale}
-        return _picture(self.page.screenshot(clip=clip))
+        return width * scale, height * scale
 
 
 def _picture(png: bytes) -> Image.Image:
@@ -260,12 +266,17 @@ def _subject(shown: Studio) -> Image.Image:
 
 def make_nodes() -> None:
     """Nodes that are in no template."""
-    with studio() as (shown, _):
+    with studio() as (shown, server):
         _plain(shown.page)
         shown.open_prompt(OWN)
         shown.run()
-        for kind in sorted({kind for kind, _ in OWN.values() if kind.startswith("CVIV_")} - set(OF_TEMPLATES)):
+        ours = {kind for kind, _ in OWN.values() if kind.startswith("CVIV_")}
+        for kind in sorted(ours - {*OF_TEMPLATES, "CVIV_Compare"}):  # that comes with the player
             _save_node(shown, kind)
+        latents = server.base / "output" / "latents"
+        latents.mkdir(exist_ok=True)
+        (latents / "long_00001_.latent.safetensors").touch()
+        shown.page.evaluate("window.app.refreshComboInNodes()")
         for kind, inputs in AS_THEY_COME.items():
             shown.open_prompt({"node": (kind, inputs)})
             _save_node(shown, kind)
@@ -298,8 +309,10 @@ def make_player() -> None:
             shown.shoot(ids, scale=1.2)
             shown.page.locator(".cviv-wipe").focus()
             shown.page.locator(".cviv-wipe").press("End")
-            _save(shown.shoot(ids, scale=1.2), DOCS / f"wipe_player_{name}.png")
+            picture = shown.shoot(ids, scale=1.2)
+            _save(picture, DOCS / f"wipe_player_{name}.png")
             if not nodes_2:
+                _save(shrunk(picture, 600), HELP / "CVIV_Compare.jpg")
                 _save_loop(shown, DOCS / "compare.webp")
 
 
@@ -317,7 +330,7 @@ def _save_loop(shown: Studio, path: Path) -> None:
         page.mouse.move(2, SHOWN["height"] - 2)
         page.wait_for_timeout(250)
         frames.append(shrunk(_picture(page.screenshot(clip=box)), 640))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0, quality=55, method=6)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0, quality=55, method=3)
 
 
 def make_pages() -> None:
@@ -352,7 +365,7 @@ def _save(picture: Image.Image, path: Path) -> None:
     if path.suffix == ".jpg":
         picture.save(path, quality=85)
     else:
-        picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        picture.save(path, optimize=True)
     print(path.relative_to(ROOT), *picture.size, flush=True)
 
 

@@ -57,7 +57,7 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
                                "operation": "add"}),
     "info": ("CVIV_VideoVAEInfo", {"vae": ["vae", 0]}),
     "plan": ("CVIV_Plan", {"vae": ["vae", 0], "direction": "decode", "frames": 97, "width": 1024, "height": 576,
-                           "memory_budget_gb": 1.0}),
+                           "memory_budget_gb": 6.0}),
     "layout": ("CVIV_LatentLayout", {"samples": ["latent", 0], "layout": "video 5-D", "clips": 1}),
     "composite": ("CVIV_Composite", {"original": ["nine", 0], "edited": ["images", 0], "mask": ["mask", 0],
                                      "feather": 16, "match_colour": False}),
@@ -74,6 +74,5 @@ AS_THEY_COME = {
     "CVIV_ApplySVDAdapter": {"adapter": "svd_cv_vae.safetensors", "strength": 1.0, "precise": True},
     "CVIV_AnimatedSamplingPreview": {"show": "contact sheet", "every": 2, "colours": "auto", "fps": 8.0, "side": 768,
                                      "most_frames": 64},
-    "CVIV_LoadVideoLatent": {"file": "latents/long_00001_.latent.safetensors", "first_latent": 0, "latent_count": 0,
-                             "layout": "as saved"},
+    "CVIV_LoadVideoLatent": {"first_latent": 0, "latent_count": 0, "layout": "as saved"},
 }  # fmt: skip

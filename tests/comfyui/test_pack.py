@@ -59,6 +59,7 @@ def test_loading_is_silent(comfy: Comfy) -> None:
 
     warnings = [record.getMessage() for record in comfy.log if from_us(record) and record.levelno >= logging.WARNING]
     assert warnings == []
+    assert [record.getMessage() for record in comfy.log if record.name == "cviv-vae"] == []  # nor anything else
     assert not [record.getMessage() for record in comfy.log if "IMPORT FAILED" in record.getMessage()]
 
 

@@ -176,9 +176,15 @@ export class WipePlayer {
     const due = Math.floor(((now - this.started) * this.told.fps) / (1000 * this.told.stride));
     if (due <= this.index) return;
     if (due < this.told.count) this.index = due;
-    else if (!this.loop) return this.play(false);
+    else if (!this.loop) this.end();
     else Object.assign(this, { index: 0, started: null });
     this.draw();
+  }
+
+  /** Stop at the last frame, also where the page was too slow to show those before it. */
+  end() {
+    this.play(false);
+    this.index = this.told.count - 1;
   }
 
   showPlaying() {
