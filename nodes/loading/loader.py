@@ -92,8 +92,8 @@ class LoadVideoVAE(io.ComfyNode):
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
         try:
             path = path_of(inputs["vae_name"])
-        except (AttributeError, KeyError, ValueError) as error:  # AttributeError: the name comes through a link
-            return str(error)
+        except (AttributeError, KeyError, ValueError):  # AttributeError: the name comes through a link
+            return "no such file"
         if path is None:
             return "to be downloaded"
         status = path.stat()

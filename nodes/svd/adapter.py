@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...vae_core.svd import LAYER, OutputLayer, output_layer, read_adapter
 from ..bridge.schema import describe, field
+from ..latents.reuse import stamp_of
 from .model import check_svd
 
 FOLDER = "loras"
@@ -96,11 +97,9 @@ class ApplySVDAdapter(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
         try:
-            path = adapter_path(inputs["adapter"])
-            status = path.stat()
-        except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
-            return str(error)
-        return str(path), status.st_mtime_ns, status.st_size
+            return stamp_of(adapter_path(inputs["adapter"]))
+        except (KeyError, AttributeError, TypeError, ValueError, OSError):
+            return "no such file"
 
     @classmethod
     def execute(cls, model: Any, adapter: str, strength: float, precise: bool) -> io.NodeOutput:

@@ -140,10 +140,42 @@ def test_a_file_is_reused_and_nothing_is_computed(comfy: Comfy) -> None:
 def test_a_damaged_file_is_not_reused(comfy: Comfy) -> None:
     _, path = _save(comfy, _latent(), "resume/damaged", REUSE)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(
-        NodeError, match=r"is truncated.* To compute it again, delete that file or change the file name"
-    ):
-        _save(comfy, _latent(), "resume/damaged", REUSE)
+    _, other = _save(comfy, _latent(), "resume/damaged", REUSE)
+    assert other.name == "damaged_00001.latent.safetensors"
+
+
+def test_a_file_is_reused_for_the_same_inputs_alone(comfy: Comfy) -> None:
+    first, path = _save(comfy, _latent(t=5), "resume/same", REUSE)
+    second, other = _save(comfy, _latent(t=4, frames=12), "resume/same", REUSE)
+    assert other != path
+    assert not torch.equal(first["samples"], second["samples"])
+    assert torch.equal(_load(comfy, path)[0]["samples"], first["samples"])
+    assert torch.equal(_load(comfy, other)[0]["samples"], second["samples"])
+
+
+def test_every_item_of_a_list_has_its_own_latent(comfy: Comfy) -> None:
+    prompt = {"1": {"class_type": SAVE, "inputs": {"filename_prefix": "resume/list", "when_file_exists": REUSE}}}
+    items = [_latent(t=n, frames=4 * n - 3) for n in (2, 3, 4)]
+    prompt["1"]["inputs"]["samples"] = comfy.give(prompt, items, each=True)
+    taken = comfy.take(prompt, ["1", 0], each=True)
+    for _ in range(2):
+        comfy.run(deepcopy(prompt))
+        got = comfy.taken[taken]
+        assert [float(one["samples"].sum()) for one in got] == [float(one["samples"].sum()) for one in items]
+    assert len(list((comfy.base / "output" / "resume").glob("list*"))) == 3
+
+
+def test_fingerprints_tell_nothing_of_this_machine(comfy: Comfy) -> None:
+    _, path = _save(comfy, _latent(), "resume/private", REUSE)
+    node = comfy.nodes[SAVE]
+    shown = [node.fingerprint_inputs(filename_prefix="resume/private", when_file_exists=REUSE)]
+    shown.append(
+        comfy.nodes[LOAD].fingerprint_inputs(
+            file="output/resume/private.latent.safetensors", first_latent=0, latent_count=0
+        )
+    )
+    shown.append(comfy.nodes[LOAD].fingerprint_inputs(file="output/nothing", first_latent=0, latent_count=0))
+    assert not any(str(part) in str(shown) for part in path.parents[:3])
 
 
 def test_the_vae_names_the_family_where_the_latent_does_not(comfy: Comfy) -> None:
