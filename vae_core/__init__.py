@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .door.info import VAEInfo
     from .door.loading import DEMO_FOLDER, DEMO_WEIGHTS, load, official_state, save
+    from .door.output import NotFiniteError
     from .door.vae import VideoVAE
-    from .errors import CheckpointError, LatentFileError, VideoError
+    from .errors import BudgetError, CheckpointError, LatentFileError, VideoError
     from .families import Compression, Direction
     from .plan.planner import Plan
-    from .run.output import NotFiniteError
-    from .run.tiling import AnyPlan, ReferencePlan, TilePlan
+    from .run.tiling import AnyPlan, ReferencePlan, StripPlan, TilePlan
 
 __version__ = "0.1.0"
 
 _PLACES = {
     ".door.info": ("VAEInfo",),
     ".door.loading": ("DEMO_FOLDER", "DEMO_WEIGHTS", "load", "official_state", "save"),
+    ".door.output": ("NotFiniteError",),
     ".door.vae": ("VideoVAE",),
-    ".errors": ("CheckpointError", "LatentFileError", "VideoError"),
+    ".errors": ("BudgetError", "CheckpointError", "LatentFileError", "VideoError"),
     ".families": ("Compression", "Direction"),
     ".plan.planner": ("Plan",),
-    ".run.output": ("NotFiniteError",),
-    ".run.tiling": ("AnyPlan", "ReferencePlan", "TilePlan"),
+    ".run.tiling": ("AnyPlan", "ReferencePlan", "StripPlan", "TilePlan"),
 }
 _PLACE = {name: place for place, names in _PLACES.items() for name in names}
 
@@ -36,6 +36,7 @@ __all__ = [
     "DEMO_FOLDER",
     "DEMO_WEIGHTS",
     "AnyPlan",
+    "BudgetError",
     "CheckpointError",
     "Compression",
     "Direction",
@@ -43,6 +44,7 @@ __all__ = [
     "NotFiniteError",
     "Plan",
     "ReferencePlan",
+    "StripPlan",
     "TilePlan",
     "VAEInfo",
     "VideoError",

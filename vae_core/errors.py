@@ -1,6 +1,10 @@
 """The errors a user can cause: each is a `ValueError` whose text says what was got, what is allowed and what to do."""
 
-__all__ = ["CheckpointError", "LatentFileError", "VideoError"]
+__all__ = ["BudgetError", "CheckpointError", "LatentFileError", "VideoError"]
+
+
+class BudgetError(ValueError):
+    """Work does not fit the memory that it may take; nothing was begun."""
 
 
 class CheckpointError(ValueError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
@@ -18,13 +19,12 @@ import torch
 from torch import Tensor
 
 from ...vae_core import AnyPlan, Direction, NotFiniteError, Plan, TilePlan, VideoVAE, official_state
-from ...vae_core.plan.planner import budget_for, with_margin
-from ...vae_core.run.output import collect
+from ...vae_core.door.output import collect
 from .first_stage import Network, tiles_of_pixels, to_signed, to_unit
 from .plan_words import plan_words
 from .ratio import Ratio
 from .running import Run, count_of
-from .schema import GIB, dtype_words
+from .schema import GIB, TILINGS, check_choice, dtype_words
 from .session import SESSION, Gauge, peak_reader
 from .wire import (
     Layout,
@@ -42,6 +42,18 @@ from .wire import (
 _log = logging.getLogger("cviv-vae")
 SAMPLERS = ("scaling_factor", "shift_factor")  # what files say for the sampler, of latents that VAEs do not scale
 _AUTOMATIC_SHARE = 0.85  # of the device memory that could be free; the rest is for what cannot be foreseen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a run may do. budget: bytes of device memory for one chunk; None: as much as could be free. blended: whether
+    tiles that are not exact may be taken where nothing exact fits."""
+
+    budget: int | None = None
+    blended: bool = False
+
+
+ANY = Limits()
 
 
 class NativeVideoVAE(comfy.sd.VAE):
@@ -177,22 +189,23 @@ class NativeVideoVAE(comfy.sd.VAE):
         z: Tensor,
         run: Run,
         *,
+        start: int = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
-        budget: int | None = None,
+        limits: Limits = ANY,
         tiles: AnyPlan = None,
         dtype: torch.dtype = torch.float32,
         lent: bool = False,
     ) -> Iterator[Tensor]:
         """Frames of (b, z, t, h, w), clip after clip, as (1, t, h, w, 3) chunks in 0..1 on the CPU.
 
-        frames, size: of every clip; what padding added goes. budget: bytes of device memory for one chunk; None: as
-        much as could be free. tiles: decode in these, and do not plan. dtype: torch.uint8 for 0..255. lent: a chunk is
-        good until the next is asked for. Raises ValueError for a result that is not finite.
+        start, frames, size: of every clip; what padding added goes. tiles: decode in these, and do not plan. dtype:
+        torch.uint8 for 0..255. lent: a chunk is good until the next is asked for. Raises BudgetError before any work
+        where `limits` are too small, ValueError for a result that is not finite.
         """
         clip_shape = (1, *z.shape[1:])
-        asked = budget, tiles
-        tiles, gauge = self._prepare("decode", clip_shape, run, budget, tiles)
+        asked = limits, tiles
+        tiles, gauge = self._prepare("decode", clip_shape, run, limits, tiles)
         recover = self._recover("decode", clip_shape, run, asked, gauge)
         between = mm.throw_exception_if_processing_interrupted
         with self._on_device():
@@ -202,6 +215,7 @@ class NativeVideoVAE(comfy.sd.VAE):
                     dtype=dtype,
                     lent=lent,
                     check=True,
+                    start=start,
                     frames=frames,
                     size=size,
                     plan=tiles,
@@ -222,15 +236,15 @@ class NativeVideoVAE(comfy.sd.VAE):
         *,
         sample: bool = False,
         generator: torch.Generator | None = None,
-        budget: int | None = None,
+        limits: Limits = ANY,
         tiles: AnyPlan = None,
     ) -> Iterator[Tensor]:
         """Latents of a stream of (1, 3, t, h, w) chunks in [-1, 1], padded to whole latents, as float32 on the CPU.
 
         shape: of the whole clip. Other arguments as in `decode_chunks` and `VideoVAE.encode_stream`.
         """
-        asked = budget, tiles
-        tiles, gauge = self._prepare("encode", shape, run, budget, tiles)
+        asked = limits, tiles
+        tiles, gauge = self._prepare("encode", shape, run, limits, tiles)
         with self._on_device():
             stream = self.codec.encode_stream(
                 _counted(chunks, run),
@@ -257,21 +271,19 @@ class NativeVideoVAE(comfy.sd.VAE):
         return self.codec.encode_bytes(shape[-2], shape[-1], dtype=dtype)
 
     def _prepare(
-        self, task: Direction, shape: tuple[int, ...], run: Run, budget: int | None, tiles: AnyPlan
+        self, task: Direction, shape: tuple[int, ...], run: Run, limits: Limits, tiles: AnyPlan
     ) -> tuple[AnyPlan, Gauge]:
         """Plan, have ComfyUI make room and put the weights on the device; returns the tiles to use."""
         run.note(f"{self.codec.family}, {dtype_words(self.vae_dtype)} on {self.device}")
         for remark in self.remarks:
             run.note(remark)
-        known = SESSION.tiles_for(self._job(task, shape), (budget, tiles))
-        plan = self.plan(task, shape, budget) if tiles is None else self._described(tiles, task, shape)
+        known = SESSION.tiles_for(self._job(task, shape), (limits, tiles))
+        plan = self.plan(task, shape, limits, required=True) if tiles is None else self._described(tiles, task, shape)
         if known is not None:
             smaller = self._described(known, task, shape)
             if smaller.device_bytes < plan.device_bytes:
                 plan = smaller
                 run.note("memory ran out in an earlier run: begins with what worked then; another budget plans anew")
-        if not plan.fits:
-            _log.warning("The smallest tiles need more than the memory allowed; trying them.")
         for sentence in plan_words(plan, self.device):
             run.note(sentence)
         mm.load_models_gpu([self.patcher], memory_required=plan.device_bytes, force_full_load=True)
@@ -280,7 +292,7 @@ class NativeVideoVAE(comfy.sd.VAE):
         gauge = Gauge(
             SESSION,
             self._setting,
-            predicted=int(plan.device_bytes / SESSION.margin(self._setting)),
+            plan=plan,
             chunks=1 if windows.first >= windows.overlap + windows.step else 2,  # a shorter one comes first
             peak=peak_reader(self.device),
         )
@@ -294,17 +306,26 @@ class NativeVideoVAE(comfy.sd.VAE):
         return str(self.device), self.vae_dtype, self.codec.model.config, task, shape[-2:]
 
     def _described(self, tiles: AnyPlan, task: Direction, shape: tuple[int, ...]) -> Plan:
-        plan = self.codec.describe_plan(tiles, shape, task, dtype=self.vae_dtype)
-        return with_margin(plan, SESSION.margin(self._setting))
+        return self.codec.describe_plan(tiles, shape, task, **self._options(ANY))
 
-    def plan(self, task: Direction, shape: tuple[int, ...], budget: int | None) -> Plan:
-        """How a latent ("decode") or a video ("encode") of `shape` would run; budget in bytes, None is automatic."""
+    def plan(self, task: Direction, shape: tuple[int, ...], limits: Limits, *, required: bool = False) -> Plan:
+        """How a latent ("decode") or a video ("encode") of `shape` would run.
+
+        required: raise BudgetError where nothing fits.
+        """
         plan_for = self.codec.plan_decode if task == "decode" else self.codec.plan_encode
-        ram = int(mm.get_free_memory(torch.device("cpu")) * _AUTOMATIC_SHARE)
-        margin = SESSION.margin(self._setting)
-        budget = budget_for(budget or self.could_be_free(), margin)
-        plan = plan_for(shape, budget_bytes=budget, ram_bytes=ram, dtype=self.vae_dtype, device=self.device)
-        return with_margin(plan, margin)
+        budget = limits.budget or self.could_be_free()
+        return plan_for(shape, budget_bytes=budget, required=required, **self._options(limits))
+
+    def _options(self, limits: Limits) -> dict[str, Any]:
+        """What every plan is asked with."""
+        return {
+            "ram_bytes": int(mm.get_free_memory(torch.device("cpu")) * _AUTOMATIC_SHARE),
+            "margin": SESSION.margin(self._setting),
+            "blended": limits.blended,
+            "dtype": self.vae_dtype,
+            "device": self.device,
+        }
 
     def could_be_free(self) -> int:
         """Bytes that this VAE could have for itself once ComfyUI has put other models away."""
@@ -317,14 +338,16 @@ class NativeVideoVAE(comfy.sd.VAE):
         free = mm.get_free_memory(self.device) + (0 if self.device.type == "cpu" else others) - weights
         return max(1, int(free * _AUTOMATIC_SHARE))
 
-    def _recover(self, task: Direction, shape: tuple[int, ...], run: Run, asked: Hashable, gauge: Gauge) -> Any:
+    def _recover(
+        self, task: Direction, shape: tuple[int, ...], run: Run, asked: tuple[Limits, AnyPlan], gauge: Gauge
+    ) -> Any:
         """What to do when a chunk runs out of memory: the next smaller tiles, from that chunk on."""
         job = self._job(task, shape)
 
         def recover(error: Exception, tiles: AnyPlan) -> AnyPlan:
             gauge.spoil()
             mm.soft_empty_cache()
-            smaller = self.codec.smaller_plan(tiles, shape, task, dtype=self.vae_dtype, device=self.device)
+            smaller = self.codec.smaller_plan(tiles, shape, task, **self._options(asked[0]))
             if smaller is None:
                 SESSION.failed(job)
                 return None
@@ -359,9 +382,10 @@ def require(vae: object) -> NativeVideoVAE:
     )
 
 
-def budget_bytes(gib: float) -> int | None:
-    """The widget `memory_budget_gb` in bytes; None where it says automatic."""
-    return int(gib * GIB) or None
+def limits_of(gib: float, tiling: str = TILINGS[0]) -> Limits:
+    """What the widgets `memory_budget_gb` and `tiling` say."""
+    check_choice("tiling", tiling, TILINGS)
+    return Limits(budget=int(gib * GIB) or None, blended=tiling == TILINGS[1])
 
 
 def _counted(chunks: Iterable[Tensor], run: Run) -> Iterator[Tensor]:

@@ -18,9 +18,10 @@ def plan_words(plan: Plan, device: torch.device) -> list[str]:
     if plan.device_bytes >= _WORTH_TELLING:
         told.append(f"about {size_words(plan.device_bytes)} of {where} to work in, weights not counted")
     if plan.host_bytes >= _WORTH_TELLING:
-        told.append(f"about {size_words(plan.host_bytes)} of RAM for what waits between tiles")
+        told.append(f"about {size_words(plan.host_bytes)} of RAM for what waits off the device")
+        told.append(f"{size_words(plan.transfer_bytes)} between device and RAM in all")
     if plan.halo_overhead >= 0.005:
-        told.append(f"{100 * plan.halo_overhead:.0f} % extra work, because tiles overlap")
+        told.append(f"{100 * plan.halo_overhead:.0f} % extra work, to need less memory")
     if not plan.fits:
         told.append("this does not fit the budget, and no smaller way is known")
     return told

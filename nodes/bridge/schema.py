@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 CATEGORY = "video vae"
 GIB = 1 << 30
+TILINGS = ("exact", "exact, else blended")
 
 _SCHEMA_FIELDS = frozenset(field.name for field in dataclasses.fields(io.Schema))
 
@@ -54,6 +55,21 @@ def budget_input() -> Any:
         step=0.1,
         tooltip="Device memory that working on one chunk may take, in GiB, weights not counted. A smaller budget gives "
         "smaller tiles and the same picture. 0 = as much as is free.",
+        advanced=True,
+    )
+
+
+def tiling_input() -> Any:
+    """The input `tiling` that the nodes share which encode and decode."""
+    return field(
+        io.Combo,
+        "tiling",
+        options=list(TILINGS),
+        default=TILINGS[0],
+        optional=True,
+        tooltip="exact: the picture of whole frames, whatever the memory; where nothing exact fits, an error says how "
+        "much would do. exact, else blended: then CV-VAE's official tiles, whose borders can be seen; the report says "
+        "so.",
         advanced=True,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from ...vae_core import TilePlan
+from ...vae_core import AnyPlan, Plan
 from ...vae_core.plan.planner import MARGIN, measured_margin
 
 
@@ -14,14 +14,14 @@ class Session:
     """Facts by key: of a job (device, model, direction, size of the frame) or of a setting (device, dtype, family)."""
 
     def __init__(self) -> None:
-        self._tiles: dict[Hashable, tuple[Hashable, TilePlan]] = {}
+        self._tiles: dict[Hashable, tuple[Hashable, AnyPlan]] = {}
         self._margins: dict[Hashable, float] = {}
 
-    def worked(self, job: Hashable, asked: Hashable, tiles: TilePlan) -> None:
+    def worked(self, job: Hashable, asked: Hashable, tiles: AnyPlan) -> None:
         """`tiles` are what went on where memory ran out; asked: what the user had asked for."""
         self._tiles[job] = asked, tiles
 
-    def tiles_for(self, job: Hashable, asked: Hashable) -> TilePlan | None:
+    def tiles_for(self, job: Hashable, asked: Hashable) -> AnyPlan:
         """The tiles that went on the last time; forgotten as soon as something else is asked for."""
         if job in self._tiles and self._tiles[job][0] != asked:
             del self._tiles[job]
@@ -48,14 +48,14 @@ class Session:
 class Gauge:
     """Compares the memory that a run takes with what was predicted, once its first chunks are done.
 
-    predicted: bytes of live tensors, without a margin. chunks: how many reach the peak. peak: reads the most bytes in
+    plan: what runs. chunks: how many reach the peak. peak: reads the most bytes in
     use since the run began, beyond those from before; None where nothing can be measured.
     """
 
     def __init__(
-        self, session: Session, setting: Hashable, *, predicted: int, chunks: int, peak: Callable[[], int] | None
+        self, session: Session, setting: Hashable, *, plan: Plan, chunks: int, peak: Callable[[], int] | None
     ) -> None:
-        self._session, self._setting, self._predicted = session, setting, predicted
+        self._session, self._setting, self._plan = session, setting, plan
         self._left, self._peak = chunks, peak
 
     def chunk_done(self) -> None:
@@ -63,7 +63,7 @@ class Gauge:
         self._left -= 1
         if self._peak is None or self._left != 0:
             return
-        margin = measured_margin(self._peak(), self._predicted)
+        margin = measured_margin(self._peak(), self._plan)
         if margin is not None:
             self._session.measured(self._setting, margin)
 

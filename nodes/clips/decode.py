@@ -18,7 +18,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..bridge.lazy_video import LazyVideo
-from ..bridge.native import NativeVideoVAE, budget_bytes, collect_images, require
+from ..bridge.native import Limits, NativeVideoVAE, collect_images, limits_of, require
 from ..bridge.running import Run, keep_report, report_ui
 from ..bridge.schema import (
     GIB,
@@ -29,6 +29,7 @@ from ..bridge.schema import (
     latent_input,
     preview_input,
     size_words,
+    tiling_input,
     vae_input,
 )
 from ..bridge.truth import check_finite, decoded_facts
@@ -103,7 +104,14 @@ class Decode(io.ComfyNode):
             description="Decodes a clip a few frames at a time into one buffer: device memory does not grow with its "
             "length. Gives back the true number of frames and size where the latent knows them.",
             search_aliases=["cv-vae decode", "iv-vae decode", "vae decode video", "tiled decode"],
-            inputs=[vae_input(), latent_input(), budget_input(), preview_input(), _save_on_failure_input()],
+            inputs=[
+                vae_input(),
+                latent_input(),
+                budget_input(),
+                preview_input(),
+                _save_on_failure_input(),
+                tiling_input(),
+            ],
             outputs=[
                 io.Image.Output(
                     display_name="images",
@@ -119,14 +127,20 @@ class Decode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae: Any, samples: Any, memory_budget_gb: float, preview: bool, save_latent_on_failure: bool = True
+        cls,
+        vae: Any,
+        samples: Any,
+        memory_budget_gb: float,
+        preview: bool,
+        save_latent_on_failure: bool = True,
+        tiling: str = "exact",
     ) -> io.NodeOutput:
         vae = require(vae)
         z, facts, told = _understood(vae, samples)
         run = Run(z.shape[0] * facts.frames, node_id=cls.hidden.unique_id, preview=preview, size=facts.size)
-        budget = budget_bytes(memory_budget_gb)
+        limits = limits_of(memory_budget_gb, tiling)
         with _latent_kept(samples, vae, wanted=save_latent_on_failure):
-            chunks = vae.decode_chunks(z, run, frames=facts.frames, size=facts.size, budget=budget, lent=True)
+            chunks = vae.decode_chunks(z, run, frames=facts.frames, size=facts.size, limits=limits, lent=True)
             images = collect_images(chunks, z.shape[0], facts.frames).flatten(0, 1)
         if images.nbytes >= GIB:
             run.note(
@@ -196,6 +210,7 @@ class DecodeToVideo(io.ComfyNode):
                     "smooth; not every player shows it. For 16 bits save images with Save Image Sequence.",
                     advanced=True,
                 ),
+                tiling_input(),
             ],
             outputs=[io.Video.Output(display_name="video", tooltip="For Save Video. Nothing is decoded before that.")],
             hidden=[io.Hidden.unique_id],
@@ -214,9 +229,11 @@ class DecodeToVideo(io.ComfyNode):
         save_latent_on_failure: bool = True,
         codec: str = "auto",
         bit_depth: str = "8",
+        tiling: str = "exact",
     ) -> io.NodeOutput:
         check_choice("codec", codec, CODECS)
         check_choice("bit_depth", bit_depth, BITS)
+        limits = limits_of(memory_budget_gb, tiling)
         vae = require(vae)
         z, facts, told = _understood(vae, samples)
         if z.shape[0] != 1:
@@ -228,10 +245,10 @@ class DecodeToVideo(io.ComfyNode):
         node_id = cls.hidden.unique_id
 
         def frames(start: int, stop: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-            run = Run(stop, node_id=node_id, preview=preview, size=facts.size)
+            run = Run(stop - start, node_id=node_id, preview=preview, size=facts.size)
             for sentence in told:
                 run.note(sentence)
-            chunks = _part(vae, z, facts, run, start, stop, budget_bytes(memory_budget_gb), node_id, dtype)
+            chunks = _some(vae, z, facts, run, start, stop, limits, node_id, dtype)
             with _latent_kept(samples, vae, wanted=save_latent_on_failure):
                 yield from chunks
 
@@ -257,28 +274,24 @@ def _say_copied(node_id: str, source: Path) -> None:
     keep_report(f"nothing decoded: copied from {source.name}, which this clip was written to before", node_id)
 
 
-def _part(
+def _some(
     vae: NativeVideoVAE,
     z: Tensor,
     facts: Facts,
     run: Run,
     start: int,
     stop: int,
-    budget: int | None,
+    limits: Limits,
     node_id: str,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """Frames `start` to `stop` as (t, h, w, 3), a few at a time; those before are decoded, too: each builds on them.
-
-    In 8 bits they are for the encoder of a file, which keeps none.
-    """
-    done, lent = 0, dtype == torch.uint8
+    """Frames `start` to `stop` as (t, h, w, 3), a few at a time. In 8 bits they are for a file, which keeps none."""
+    lent = dtype == torch.uint8
     try:
-        for chunk in vae.decode_chunks(z, run, frames=stop, size=facts.size, budget=budget, dtype=dtype, lent=lent):
-            part = chunk[0, max(0, start - done) :]
-            done += chunk.shape[1]
-            if part.shape[0]:
-                yield part
+        for chunk in vae.decode_chunks(
+            z, run, start=start, frames=stop, size=facts.size, limits=limits, dtype=dtype, lent=lent
+        ):
+            yield chunk[0]
         keep_report(run.finish(), node_id)
     finally:
         run.close()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..bridge.native import NativeVideoVAE, budget_bytes, require
+from ..bridge.native import Limits, NativeVideoVAE, limits_of, require
 from ..bridge.running import Run, report_ui
-from ..bridge.schema import budget_input, check_choice, describe, field, preview_input, vae_input
+from ..bridge.schema import budget_input, check_choice, describe, field, preview_input, tiling_input, vae_input
 from ..bridge.video_source import Clip, clip_of, open_video
 from ..bridge.wire import Facts, from_video, make_latent, rate_of
 
@@ -22,7 +22,7 @@ FRAME_COUNT_TIP = "How many frames to encode. 0 = to the end."
 
 
 def encode_clip(
-    vae: NativeVideoVAE, clip: Clip, node_id: str, *, mode: str, seed: int, budget_gb: float, preview: bool = False
+    vae: NativeVideoVAE, clip: Clip, node_id: str, *, mode: str, seed: int, limits: Limits, preview: bool = False
 ) -> tuple[dict[str, Any], str]:
     """The LATENT of a clip, and the report."""
     check_choice("mode", mode, MODES)
@@ -39,7 +39,7 @@ def encode_clip(
             run,
             sample=mode == "sample",
             generator=generator,
-            budget=budget_bytes(budget_gb),
+            limits=limits,
         )
     ]
     samples = from_video(torch.cat(latents, dim=0 if vae.layout == "images" else 2), vae.layout)
@@ -101,6 +101,7 @@ class Encode(io.ComfyNode):
                     "says how many. Off: an error that says which frames can be used.",
                     advanced=True,
                 ),
+                tiling_input(),
             ],
             outputs=[
                 _latent_output(),
@@ -129,6 +130,7 @@ class Encode(io.ComfyNode):
         frame_count: int = 0,
         preview: bool = True,
         skip_damage: bool = False,
+        tiling: str = "exact",
     ) -> io.NodeOutput:
         vae = require(vae)
         clip = clip_of(images, "images", frame_count or None, first=first_frame, skip_damage=skip_damage)
@@ -139,7 +141,7 @@ class Encode(io.ComfyNode):
             cls.hidden.unique_id,
             mode=mode,
             seed=sample_seed,
-            budget_gb=memory_budget_gb,
+            limits=limits_of(memory_budget_gb, tiling),
             preview=preview,
         )
         return io.NodeOutput(latent, report, float(clip.fps or DEFAULT_FPS), clip.audio(), ui=report_ui(report))
@@ -188,7 +190,7 @@ class EncodeVideo(io.ComfyNode):
     ) -> io.NodeOutput:
         clip = open_video(video).clip("video", first_frame, frame_count or None)
         latent, report = encode_clip(
-            require(vae), clip, cls.hidden.unique_id, mode=mode, seed=sample_seed, budget_gb=memory_budget_gb
+            require(vae), clip, cls.hidden.unique_id, mode=mode, seed=sample_seed, limits=limits_of(memory_budget_gb)
         )
         return io.NodeOutput(latent, float(clip.fps or DEFAULT_FPS), clip.audio(), report, ui=report_ui(report))
 

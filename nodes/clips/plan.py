@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ...vae_core.pictures import draw_plan
-from ..bridge.native import budget_bytes, require
+from ..bridge.native import Limits, limits_of, require
 from ..bridge.plan_words import plan_words
 from ..bridge.running import count_of, report_ui
 from ..bridge.schema import budget_input, check_choice, describe, dtype_words, field, size_words, vae_input
@@ -48,13 +48,13 @@ class PlanNode(io.ComfyNode):
     ) -> io.NodeOutput:
         vae = require(vae)
         check_choice("direction", direction, DIRECTIONS)
-        budget = budget_bytes(memory_budget_gb) or vae.could_be_free()
+        budget = limits_of(memory_budget_gb).budget or vae.could_be_free()
         if direction == "decode":
             cells = vae.compression.cells(height), vae.compression.cells(width)
             shape = (1, vae.latent_channels, vae.compression.latent_frames(frames), *cells)
         else:
             shape = (1, 3, frames, height, width)
-        plan = vae.plan(direction, shape, budget)
+        plan = vae.plan(direction, shape, Limits(budget=budget))
         exact = "exact" if plan.exact else "not exact: blended"
         head = f"{direction} {count_of(frames, 'frame')} {width}x{height}: {exact}"
         words = [

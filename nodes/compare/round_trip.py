@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...vae_core import TilePlan
 from ...vae_core.metrics import Borders, SeamMeter, SeamReading, chunk_borders, exact_borders
-from ..bridge.native import NativeVideoVAE, budget_bytes
+from ..bridge.native import NativeVideoVAE, limits_of
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, describe, dtype_words, field
 from ..bridge.video_source import Clip, clip_of
@@ -116,7 +116,7 @@ class _Told:
 
 def _through_ours(vae: NativeVideoVAE, source: Clip, node_id: str, budget_gb: float, told: _Told) -> Iterator[Tensor]:
     """(t, h, w, 3) in 0..1 of one of our VAEs: encoded as Video VAE Encode does, decoded as Video VAE Decode does."""
-    latent, report = encode_clip(vae, source, node_id, mode="mean", seed=0, budget_gb=budget_gb)
+    latent, report = encode_clip(vae, source, node_id, mode="mean", seed=0, limits=limits_of(budget_gb))
     told.reports.append(f"encoding: {report}")
     run = Run(source.frames, node_id=node_id, size=source.size)
     single = vae.layout == "images"
@@ -125,7 +125,7 @@ def _through_ours(vae: NativeVideoVAE, source: Clip, node_id: str, budget_gb: fl
         run,
         frames=1 if single else source.frames,
         size=source.size,
-        budget=budget_bytes(budget_gb),
+        limits=limits_of(budget_gb),
     )
     for chunk in chunks:
         told.borders = _borders(vae, run, source)

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core.families import VIDEO
-from ..bridge.native import budget_bytes, collect_images, require
+from ..bridge.native import collect_images, limits_of, require
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, describe, latent_input, preview_input, vae_input
 from ..bridge.wire import read_facts
@@ -54,8 +54,8 @@ class DecodeLoop(io.ComfyNode):
         before = torch.arange(-lead, latents) % latents
         frames = VIDEO.pixel_frames(latents + lead)
         run = Run(frames, node_id=cls.hidden.unique_id, preview=preview)
-        budget = budget_bytes(memory_budget_gb)
-        chunks = vae.decode_chunks(z[:, :, before], run, frames=frames, size=facts.size, budget=budget, lent=True)
+        limits = limits_of(memory_budget_gb)
+        chunks = vae.decode_chunks(z[:, :, before], run, frames=frames, size=facts.size, limits=limits, lent=True)
         images = collect_images(chunks, 1, frames)[0, frames - VIDEO.time * latents :].clone()
         run.note(
             f"{VIDEO.time * latents} frames go round: the last {lead} latents were decoded in front and left out again"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The scripts as modules, found as they find each other."""
     monkeypatch.syspath_prepend(FOLDER)
     threads = torch.get_num_threads()
-    yield {name: importlib.import_module(name) for name in ("profile_meta", "bench")}
+    yield {name: importlib.import_module(name) for name in ("profile_meta", "bench", "gpu_suite")}
     torch.set_num_threads(threads)
 
 
@@ -80,3 +82,27 @@ def test_a_table_of_speed(
     monkeypatch.setattr("sys.argv", [*common, "--caps", "8"])
     with pytest.raises(SystemExit, match="--caps are of GPU memory"):
         scripts["bench"].main()
+
+
+def test_the_suite_for_a_gpu_runs_its_rows_and_goes_on_after_a_failure(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = scripts["gpu_suite"]
+    row = script.decoded
+
+    def sometimes(vae: Any, name: str, size: tuple[int, int], *rest: Any) -> Any:
+        if size == (48, 48):
+            raise RuntimeError("CUDA out of memory.")
+        return row(vae, name, size, *rest)
+
+    monkeypatch.setattr(script, "decoded", sometimes)
+    words = ["--device", "cpu", "--skip-tests", "--models", "iv-64", "--sizes", "48x48", "64x64", "--frames", "5"]
+    monkeypatch.setattr("sys.argv", ["gpu_suite.py", "--out", str(tmp_path), *words])
+    script.main()
+    (written,) = tmp_path.glob("*.json")
+    first, second = json.loads(written.read_text())["rows"]
+    assert first["error"] == "RuntimeError: CUDA out of memory."
+    assert second["frames/s"] > 0
+    assert second["said"] > 0
+    (page,) = tmp_path.glob("*.md")
+    assert "| iv-64 | 64x64 | " in page.read_text()

@@ -1,21 +1,18 @@
 """Evaluation of small VAEs over small videos: the numbers, the files, resuming, and videos that are broken."""
 
 import csv
-import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 import vae_core
-from vae_core.cli import app as commands
 from vae_core.evaluation import PROTOCOLS, ClipMeters, Networks, Protocol, choose, evaluate
 from vae_core.evaluation.candidates import Choice, Shrink, borders_of
 from vae_core.evaluation.measure import measure
@@ -24,48 +21,13 @@ from vae_core.evaluation.protocols import cover, find_videos
 from vae_core.evaluation.records import LINES, pack, unpack
 from vae_core.evaluation.runner import tiles_for
 from vae_core.evaluation.summary import rows
-from vae_core.media.video import read_frames
 from vae_core.metrics import VideoFeatures, frame_quality, phase_means
 
-from .clips import as_pictures, moving_picture, write_av
+from .clips import moving_picture
+from .evaluating import read_all, report, run, video
 
 pytest.importorskip("cv2")
 pytest.importorskip("matplotlib")
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory, small_vae: Callable[..., vae_core.VideoVAE]) -> dict[str, Path]:
-    """A small checkpoint file of two families."""
-    folder = tmp_path_factory.mktemp("weights")
-    files = {family: folder / f"small-{family}.safetensors" for family in ("cv-vae", "iv-vae")}
-    for family, path in files.items():
-        vae_core.save(small_vae(family, torch.float32), path)
-    return files
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, which is the current one; torch's cache is elsewhere and empty."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "videos").mkdir()
-    return tmp_path
-
-
-def video(path: Path, frames: int = 9, height: int = 48, width: int = 64) -> Path:
-    return write_av(path, as_pictures(moving_picture(frames, height, width)))
-
-
-def read_all(path: Path) -> Tensor:
-    return torch.cat(list(read_frames(path)), 2)
-
-
-def run(*words: object) -> Result:
-    return CliRunner(env={"COLUMNS": "120"}).invoke(commands.app, ["evaluate", *(str(word) for word in words)])
-
-
-def report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
 
 
 class _Page(HTMLParser):
@@ -253,6 +215,7 @@ def test_pictures_cover_the_size_and_keep_their_centre() -> None:
 
 
 def test_videos_are_found_in_folders_and_lists(here: Path) -> None:
+    (here / "videos").mkdir()
     for name in ("b.mp4", "a.MKV", ".hidden.mp4", "notes.md"):
         (here / "videos" / name).write_bytes(b"")
     (here / "list.txt").write_text("videos/b.mp4\n\n")
@@ -377,79 +340,3 @@ def test_what_is_not_installed_is_named(here: Path, module: str, package: str, m
     assert result.exit_code == 2
     line = f'This command needs {package}, which is not installed: pip install -e ".[evaluation]" in its folder.'
     assert line in result.stderr
-
-
-# ------------------------------------------------------------------------------------------------ diffusers
-
-
-def _diffusers_vaes() -> dict[str, tuple[dict, dict]]:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    plain = {"block_out_channels": (32,) * 4, "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8}
-    video_blocks = {
-        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
-        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
-    }
-    return {
-        "AutoencoderKL": (blocks | plain, {}),
-        "AutoencoderKLTemporalDecoder": (
-            {"down_block_types": blocks["down_block_types"], "block_out_channels": (32,) * 4, "layers_per_block": 1}, {}
-        ),
-        "AutoencoderKLCogVideoX": (video_blocks | plain | {"temporal_compression_ratio": 4}, {}),
-        "AutoencoderKLWan": ({"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}, {}),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", list(_diffusers_vaes()))
-def test_diffusers_vaes_stand_beside_ours(here: Path, kind: str) -> None:
-    """A small one of each class with random weights: what the table measures is what diffusers itself gives."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = getattr(diffusers, kind)(**_diffusers_vaes()[kind][0]).eval()
-    model.save_pretrained(here / "other")
-    path = video(here / "videos" / "a.mp4", frames=6, height=44, width=60)
-    result = run("videos", "-v", "other", "-o", "report", "--no-baseline")
-    assert result.exit_code == 0, result.output
-    row = report(here / "report")["videos"][0]
-    assert row["frames"] == 6
-    clip = read_all(path)
-    padded = torch.cat([clip, clip[:, :, -1:].expand(-1, -1, 3, -1, -1)], 2)
-    padded = torch.nn.functional.pad(padded, (0, 4, 0, 4, 0, 0), mode="replicate")
-    with torch.no_grad():
-        if kind in ("AutoencoderKL", "AutoencoderKLTemporalDecoder"):
-            latents = model.encode(padded[0].transpose(0, 1)).latent_dist.mode()
-            more = {} if kind == "AutoencoderKL" else {"num_frames": 9}
-            direct = model.decode(latents, **more).sample.transpose(0, 1)[None]
-        else:
-            direct = model.decode(model.encode(padded).latent_dist.mode()).sample
-    psnr, _ = frame_quality(direct[:, :, :6, :44, :60], clip)
-    assert row["per_frame"]["psnr"] == pytest.approx(psnr.tolist(), rel=1e-3)
-
-
-def test_an_image_vae_is_one_of_ours(here: Path, small_vae: Callable[..., vae_core.VideoVAE]) -> None:
-    vae = small_vae("image-vae", torch.float32)
-    vae_core.save(vae, here / "image.safetensors")
-    video(here / "videos" / "a.mp4", frames=6, height=44, width=60)
-    result = run("videos", "-v", "image.safetensors", "-o", "report", "--no-baseline")
-    assert result.exit_code == 0, result.output
-    clip = read_all(here / "videos" / "a.mp4")
-    psnr, _ = frame_quality(vae.decode(vae.encode(clip, pad=True), size=(44, 60)), clip)
-    row = report(here / "report")["videos"][0]
-    assert row["per_frame"]["psnr"] == pytest.approx(psnr.tolist(), rel=1e-3)
-    assert "4 channels, 8x8" in (here / "report" / "report.html").read_text()
-    result = run("videos", "-v", "image.safetensors+reference-tiles", "-o", "tiled")
-    assert result.exit_code != 0
-    assert "this is image-vae; leave them out" in result.output
-
-
-def test_latent_compatibility_with_an_image_vae_of_diffusers(here: Path, weights: dict[str, Path]) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    diffusers.AutoencoderKL(**_diffusers_vaes()["AutoencoderKL"][0]).save_pretrained(here / "image")
-    video(here / "videos" / "a.mp4", frames=5)
-    result = run("videos", "-v", weights["cv-vae"], "--image-vae", "image", "-o", "report")
-    assert result.exit_code == 0, result.output
-    ours, baseline = report(here / "report")["vaes"]
-    assert ours["figures"]["distance"] > 0
-    assert ours["figures"]["nearest"] <= ours["figures"]["distance"]
-    assert baseline["figures"]["distance"] is None
-    assert "Latent distance" in (here / "report" / "report.html").read_text()

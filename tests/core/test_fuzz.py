@@ -19,31 +19,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-import vae_core
 from vae_core.errors import CheckpointError, LatentFileError
-from vae_core.families import FAMILIES
 from vae_core.media.latents import LatentMeta, open_latent, save_latent
 from vae_core.weights.files import read_weights, strip_foreign
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+from .fuzzing import fuzz, mutations, torch_bytes
+
 ROOT = Path(__file__).parent.parent.parent
-
-
-def _settings(examples: int) -> settings:
-    """The same examples in every run, unless FUZZ_EXAMPLES asks for many, in search of new ones."""
-    slow = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(
-        max_examples=examples, deadline=None, database=None, derandomize=EXAMPLES <= 500, suppress_health_check=slow
-    )
-
-
-fuzz = _settings(EXAMPLES)
-fuzz_models = _settings(EXAMPLES // 2)  # each example builds a model
 
 
 def _weights() -> dict[str, Tensor]:
@@ -54,60 +41,17 @@ def _weights() -> dict[str, Tensor]:
     }
 
 
-def _torch_bytes(thing: object, *, legacy: bool = False) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(thing, buffer, _use_new_zipfile_serialization=not legacy)
-    return buffer.getvalue()
-
-
 def _checkpoint() -> dict[str, Any]:
     return {"epoch": 3, "state_dict": _weights(), "optimizer_states": [{"lr": 0.1}], "note": "x"}
 
 
 SEEDS: dict[str, tuple[str, bytes]] = {
     "safetensors": ("weights.safetensors", to_safetensors(_weights(), metadata={"family": "cv-vae"})),
-    "zip": ("weights.pth", _torch_bytes(_weights())),
-    "legacy": ("weights.pth", _torch_bytes(_weights(), legacy=True)),
-    "nested": ("weights.ckpt", _torch_bytes(_checkpoint())),
-    "nested-legacy": ("weights.ckpt", _torch_bytes(_checkpoint(), legacy=True)),
+    "zip": ("weights.pth", torch_bytes(_weights())),
+    "legacy": ("weights.pth", torch_bytes(_weights(), legacy=True)),
+    "nested": ("weights.ckpt", torch_bytes(_checkpoint())),
+    "nested-legacy": ("weights.ckpt", torch_bytes(_checkpoint(), legacy=True)),
 }
-
-
-@st.composite
-def mutations(draw: st.DrawFn, data: bytes) -> bytes:
-    """`data` after one to four of: cut, bytes flipped, a chunk moved, removed, repeated, overwritten."""
-    result = bytearray(data)
-    for _ in range(draw(st.integers(1, 4))):
-        size = len(result)
-        if size < 2:
-            break
-        # half of the places lie in the first or last kilobyte, where headers and lists of contents are
-        near = draw(st.sampled_from(["any", "start", "end"]))
-        low, high = {"any": (0, size - 1), "start": (0, min(size, 1024) - 1), "end": (max(0, size - 1024), size - 1)}[
-            near
-        ]
-        at = draw(st.integers(low, high))
-        length = draw(st.integers(1, 64))
-        match draw(st.sampled_from(["cut", "flip", "set", "move", "remove", "repeat", "number"])):
-            case "cut":
-                del result[at:]
-            case "flip":
-                result[at] ^= 1 << draw(st.integers(0, 7))
-            case "set":
-                result[at : at + length] = draw(st.binary(min_size=1, max_size=8))
-            case "move":
-                chunk = result[at : at + length]
-                del result[at : at + length]
-                to = draw(st.integers(0, max(0, len(result))))
-                result[to:to] = chunk
-            case "remove":
-                del result[at : at + length]
-            case "repeat":
-                result[at:at] = result[at : at + length]
-            case _:
-                number = draw(st.sampled_from([0, 1, 255, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]))
-                result[at : at + 8] = struct.pack("<Q", number)
-    return bytes(result)
 
 
 def _use(tensors: dict[str, Tensor]) -> None:
@@ -264,7 +208,7 @@ def test_pickled_code_is_refused_and_never_run(name: str, place: str, suffix: st
         "key": {"state_dict": {**_weights(), (1, attack): 0}},
     }[place]
     raw = pickle.dumps(thing if place == "alone" else {"x": attack}, protocol=2)
-    contents = [_torch_bytes(thing), _torch_bytes(thing, legacy=True), raw, _hidden_in_tar(raw)]
+    contents = [torch_bytes(thing), torch_bytes(thing, legacy=True), raw, _hidden_in_tar(raw)]
     path = tmp_path / f"evil{suffix}"
     for content in contents:
         path.write_bytes(content)
@@ -307,7 +251,7 @@ def test_the_tar_file_of_these_tests_is_one(tmp_path: Path) -> None:
 def test_a_huge_tensor_that_the_file_does_not_hold_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     for legacy in (False, True):
-        path.write_bytes(_torch_bytes({"a": torch.zeros(1).expand(2**40)}, legacy=legacy))
+        path.write_bytes(torch_bytes({"a": torch.zeros(1).expand(2**40)}, legacy=legacy))
         with pytest.raises(CheckpointError, match="more than the file holds"):
             read_weights(path)
 
@@ -329,7 +273,7 @@ def test_other_kinds_of_tensor_are_refused(tmp_path: Path) -> None:
         torch.ones(2) * 1j,
     ]
     for tensor in (*kinds, torch.empty(3, device="meta")):
-        path.write_bytes(_torch_bytes({"a": tensor}))
+        path.write_bytes(torch_bytes({"a": tensor}))
         with pytest.raises(CheckpointError, match=r"and is refused|not a tensor of plain numbers"):
             read_weights(path)
 
@@ -338,7 +282,7 @@ def test_a_checkpoint_that_contains_itself_is_read(tmp_path: Path) -> None:
     loop: dict[str, Any] = {"a": torch.ones(2)}
     loop["state_dict"] = loop
     path = tmp_path / "x.pth"
-    path.write_bytes(_torch_bytes(loop))
+    path.write_bytes(torch_bytes(loop))
     assert list(read_weights(path).tensors) == ["a"]
 
 
@@ -374,97 +318,6 @@ def test_damaged_headers_are_refused(header: bytes, tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(CheckpointError, match="header cannot be read"):
         read_weights(path)
-
-
-class _States(dict[str, dict[str, Tensor]]):
-    def __repr__(self) -> str:
-        return "a state dict of each family"  # Hypothesis prints the arguments of what fails
-
-
-@pytest.fixture(scope="module")
-def states(small_state: Callable[..., dict[str, Tensor]]) -> _States:
-    """A small state dict of each family, made once."""
-    return _States({family: small_state(family) for family in FAMILIES})
-
-
-def _load_or_refuse(source: Path | dict[str, Tensor]) -> None:
-    try:
-        vae = vae_core.load(source)
-    except CheckpointError:
-        return
-    assert all(parameter.device.type == "cpu" for parameter in vae.model.parameters())
-
-
-def _huge(like: Tensor, size: int) -> Tensor:
-    """A tensor with an axis of `size`, and without data because another has 0: a file of a few bytes can hold it."""
-    if like.ndim < 2:
-        return torch.zeros(0)
-    return torch.zeros([0] * like.ndim).as_strided([size, 0, *like.shape[2:]], [1] * like.ndim)
-
-
-@pytest.mark.parametrize("size", [2**31, 2**61, 2**63 - 1])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_impossible_widths_are_refused(family: str, size: int, axis: int, states: _States) -> None:
-    state = dict(states[family])
-    for name in [name for name in state if name.endswith(CONFIGURE)]:
-        tensor = _huge(state[name], size)
-        with pytest.raises(CheckpointError):
-            vae_core.load({**state, name: tensor if axis == 0 else tensor.transpose(0, 1)})
-
-
-# the tensors whose shapes a config is inferred from
-CONFIGURE = ("conv_in.weight", ".0.conv1.weight", "conv1.conv_2d.weight", "decoder.conv1.conv.weight")
-
-
-@fuzz_models
-@given(data=st.data())
-def test_state_dicts_with_changes_are_loaded_or_refused(data: st.DataObject, family: str, states: _States) -> None:
-    state = dict(states[family])
-    names = st.sampled_from(sorted(state)) | st.sampled_from(sorted(name for name in state if name.endswith(CONFIGURE)))
-    for name in data.draw(st.lists(names, min_size=1, max_size=4)):
-        tensor = state.pop(name, None)
-        match data.draw(
-            st.sampled_from(["drop", "rename", "shape", "none", "huge", "axes", "dtype", "scalar", "empty"])
-        ):
-            case "rename":
-                state[data.draw(st.sampled_from([f"vae.{name}", f"loss.{name}", name[1:], name + "_", ""]))] = (
-                    torch.ones(1)
-                )
-            case "shape" if tensor is not None:
-                state[name] = torch.zeros([data.draw(st.integers(1, 70)) for _ in tensor.shape])
-            case "none" if tensor is not None:
-                state[name] = torch.zeros([data.draw(st.sampled_from([0, n])) for n in tensor.shape])
-            case "huge" if tensor is not None:
-                state[name] = _huge(tensor, data.draw(st.sampled_from([2**20, 2**40, 2**61])))
-            case "axes" if tensor is not None:
-                state[name] = tensor.reshape(-1) if data.draw(st.booleans()) else tensor[None]
-            case "dtype" if tensor is not None:
-                dtype = data.draw(
-                    st.sampled_from([torch.int64, torch.bool, torch.complex64, torch.float16, torch.uint8])
-                )
-                state[name] = tensor.to(dtype)
-            case "scalar":
-                state[name] = torch.tensor(1.0)
-            case "empty":
-                state[name] = torch.zeros(0)
-            case _:
-                pass
-    _load_or_refuse(state)
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@fuzz_models
-@given(data=st.data())
-def test_mutated_vae_files_are_loaded_or_refused(
-    suffix: str, data: st.DataObject, states: _States, tmp_path: Path
-) -> None:
-    seed = tmp_path / f"seed{suffix}"
-    if not seed.exists():
-        state = {name: tensor.half() for name, tensor in states["iv-vae"].items()}
-        seed.write_bytes(to_safetensors(state) if suffix == ".safetensors" else _torch_bytes({"state_dict": state}))
-    path = tmp_path / f"weights{suffix}"
-    path.write_bytes(data.draw(mutations(seed.read_bytes())))
-    _load_or_refuse(path)
 
 
 def test_hundreds_of_damaged_zip_files_do_not_crash_the_interpreter(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from vae_core import TilePlan, VideoVAE
-from vae_core.plan.planner import MARGIN, measured_margin
+from vae_core import StripPlan, TilePlan, VideoVAE
+from vae_core.door.output import collect, host_frames, make_frames
+from vae_core.plan.planner import measured_margin
+from vae_core.plan.rates import rates_of
 from vae_core.run import output
-from vae_core.run.output import collect, host_frames, make_frames
 
 from ..conftest import network_of
 from .full_size import FULL
@@ -125,11 +126,37 @@ def test_the_planner_keeps_its_promise(full_vae: VideoVAE, plan: Any) -> None:
 def test_the_margin_of_this_gpu_is_measured(full_vae: VideoVAE) -> None:
     """What the nodes learn after the first chunks: a figure above 1 that the run itself stays below."""
     latent = latent_of(full_vae, 6, 40).to(torch.bfloat16)
-    predicted = int(full_vae.describe_plan(None, latent.shape, "decode").device_bytes / MARGIN)
+    plan = full_vae.describe_plan(None, latent.shape, "decode")
     in_use = peak_of(full_vae, latent)
-    margin = measured_margin(in_use, predicted)
+    margin = measured_margin(in_use, plan)
     assert margin is not None
-    assert in_use < margin * predicted
+    assert in_use < margin * plan.working_bytes
+
+
+STRIPS = [
+    StripPlan(strips=16),
+    StripPlan(strips=16, room=2**28),
+    StripPlan(strips=8, room=0),
+    StripPlan(strips=16, room=2**27, again=1),
+]
+
+
+@pytest.mark.parametrize("plan", STRIPS, ids=["device", "some in RAM", "all in RAM", "again"])
+@pytest.mark.parametrize("family", ["cv-vae", "cv-vae-sd3", "image-vae"])
+def test_strips_give_what_whole_frames_give(full_vae: VideoVAE, plan: StripPlan) -> None:
+    """Copies on streams of their own, at widths and sizes where they really overlap, twice over the same blocks."""
+    latent = latent_of(full_vae, 9, 24).to(torch.bfloat16)
+    expected = full_vae.decode(latent)
+    assert difference(full_vae.decode(latent, plan=plan), expected) <= 0.1
+    said = full_vae.describe_plan(plan, latent.shape, "decode")
+    assert peak_of(full_vae, latent, plan) <= 1.1 * said.device_bytes
+
+
+def test_rates_are_measured(full_vae: VideoVAE) -> None:
+    rates = rates_of(CUDA, torch.bfloat16)
+    assert rates.flops > 1e12
+    assert rates.memory > 50e9
+    assert rates.bus > 1e9
 
 
 # ---------------------------------------------------------------------------------------------------- output

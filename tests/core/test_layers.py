@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vae_core import TilePlan, VideoVAE
 from vae_core.families import FAMILIES
-from vae_core.families.cv_vae.layers import Upsample, convolve_in_time, phase_kernels
+from vae_core.families.cv_vae.layers import ClipConv, Upsample, phase_kernels
 from vae_core.nn import clip as clips
 from vae_core.nn.clip import Clip
 from vae_core.nn.layers import enlarging_kernel
@@ -67,7 +67,11 @@ def test_frames_at_the_ends_see_what_padding_would_show(
     if padded.shape[2] < 3:
         return
     expected = F.conv3d(padded, weight, bias, stride=(stride, 2, 2), padding=(0, 1, 1))
-    runs = list(convolve_in_time(x, weight, bias, time, (stride, 2, 2), (1, 1), replicate, plain=plain))
+    conv = ClipConv(
+        2, 3, time=time, time_replicate=replicate, space_padding="zeros", stride=(stride, 2, 2)
+    ).requires_grad_(False)
+    conv.bias = torch.nn.Parameter(bias)
+    runs = list(conv.over_time(x, weight, (1, 1), plain=plain))
     assert [start for start, _ in runs] == [sum(y.shape[2] for _, y in runs[:i]) for i in range(len(runs))]
     torch.testing.assert_close(torch.cat([y for _, y in runs], dim=2), expected, rtol=0, atol=1e-12)
 

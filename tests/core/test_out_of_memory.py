@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae_core
-from vae_core import TilePlan
+from vae_core import StripPlan, TilePlan
+from vae_core.run import tiling
 from vae_core.run.executor import Pass
 from vae_core.run.stream import is_out_of_memory
 
 Make = Callable[..., vae_core.VideoVAE]
 RUNGS = [TilePlan(tile=(2, 2)), TilePlan(tile=(1, 2), offload=True), TilePlan(tile=1)]
+STRIPS = [StripPlan(strips=2), StripPlan(strips=4, room=20_000), StripPlan(strips=8, room=0, again=2)]
 
 
 class Faults(TorchDispatchMode):
@@ -51,6 +53,35 @@ class Faults(TorchDispatchMode):
                 self.inputs.append(weakref.ref(args[0]))
                 raise torch.cuda.OutOfMemoryError("injected")
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "HIP out of memory. Tried to allocate 2.00 GiB.",
+        "MPS backend out of memory (MPS allocated: 5.95 GB).",
+        "Invalid buffer size: 19.07 GB",
+        "Could not allocate tensor with 1073741824 bytes. There is not enough GPU video memory available!",
+        "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+        "Native API failed. Native API returns: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)",
+        "GET was unable to find an engine to execute this computation",
+        "FIND was unable to find an engine to execute this computation",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Expected canUse32BitIndexMath(input) to be true: input tensor must fit into 32-bit index math",
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory. Error code 12",
+    ],
+)
+def test_every_name_of_too_little_memory_is_known(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(ValueError(text))
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"))
 
 
 def down_the_rungs(rungs: list[TilePlan]) -> Callable[[Exception, Any], Any]:
@@ -96,6 +127,22 @@ def test_an_error_at_any_layer_changes_nothing(family: str, small_vae: Make, dec
         first = [None, *RUNGS][n % 4]
         with Faults({n}) as faults:
             got = run(vae, x, decoding, plan=first, recover=down_the_rungs(RUNGS[n % 4 :]))
+        assert faults.failed == 1
+        close(got, expected)
+
+
+def test_an_error_in_any_strip_changes_nothing(
+    small_vae: Make, decoding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiling, "LEAST_STRIP", 1)
+    vae = small_vae("cv-vae")
+    x = clip(vae, decoding)
+    with Faults() as faults:
+        expected = run(vae, x, decoding, plan=STRIPS[1])
+    for n in range(1, faults.calls, max(1, faults.calls // 9)):
+        first = n % 3
+        with Faults({n}) as faults:
+            got = run(vae, x, decoding, plan=STRIPS[first], recover=down_the_rungs(STRIPS[first + 1 :]))
         assert faults.failed == 1
         close(got, expected)
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from vae_core.door.output import Frames, NotFiniteError, collect, host_frames, in_turn, make_frames
 from vae_core.door.vae import VideoVAE
 from vae_core.errors import VideoError
 from vae_core.media.video import VideoWriter
 from vae_core.plan.profile import Profile
-from vae_core.run.output import Frames, NotFiniteError, collect, host_frames, in_turn, make_frames
 
 Make = Callable[..., VideoVAE]
 CPU = torch.device("cpu")

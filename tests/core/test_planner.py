@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from vae_core import Plan, ReferencePlan, TilePlan, VideoVAE
+from vae_core import BudgetError, Plan, ReferencePlan, StripPlan, TilePlan, VideoVAE
 from vae_core.families import DIRECTIONS, FAMILIES
 from vae_core.nn import norm
 from vae_core.nn.operators import attention
 from vae_core.plan.footprint import footprint, meta_network
-from vae_core.plan.planner import LEAST_MEASURED, MARGIN, SLACK, budget_for, measured_margin, with_margin
+from vae_core.plan.planner import LEAST_MEASURED, MARGIN, SLACK, measured_margin
 from vae_core.plan.prediction import predict
 from vae_core.plan.profile import Profile
 from vae_core.run import executor
+from vae_core.run.ram import Blocks, Rows
 
 from ..conftest import network_of
 from .full_size import FULL, full_size
@@ -215,42 +218,154 @@ def test_a_measured_margin_takes_the_place_of_the_usual_one(full_vae: VideoVAE) 
     """A plan made for a device that takes twice the live tensors keeps within the budget at that rate."""
     shape = latent_shape(full_vae)
     budget = full_vae.decode_bytes(*shape[3:])
-    margin = measured_margin(2 * GIB, GIB)
-    assert margin == SLACK * 2
     usual = full_vae.plan_decode(shape, budget_bytes=budget)
-    plan = with_margin(full_vae.plan_decode(shape, budget_bytes=budget_for(budget, margin)), margin)
+    margin = measured_margin(2 * usual.working_bytes, usual)
+    assert margin == SLACK * 2
+    plan = full_vae.plan_decode(shape, budget_bytes=budget, margin=margin)
     assert plan.fits
     assert plan.device_bytes <= budget
     assert plan.tiles != usual.tiles
-    assert plan.device_bytes == pytest.approx(margin * predict_of(full_vae, shape, plan.tiles), rel=1e-6)
-    assert with_margin(usual, MARGIN) == usual
+    assert plan.device_bytes == pytest.approx(plan.waiting_bytes + margin * plan.working_bytes, rel=1e-6)
 
 
-def test_a_margin_is_never_below_the_live_tensors_nor_from_small_chunks() -> None:
-    assert measured_margin(GIB // 2, GIB) == SLACK
-    assert measured_margin(10 * LEAST_MEASURED, LEAST_MEASURED - 1) is None
-    assert measured_margin(10 * LEAST_MEASURED, LEAST_MEASURED) == pytest.approx(10 * SLACK)
-    assert budget_for(1, 100.0) == 1
-
-
-def predict_of(vae: VideoVAE, shape: tuple[int, ...], plan: Any) -> float:
-    """Live tensors alone."""
-    return vae.describe_plan(plan, shape, "decode").device_bytes / MARGIN
+def test_a_margin_is_never_below_the_live_tensors_nor_from_small_chunks(full_vae: VideoVAE) -> None:
+    plan = full_vae.plan_decode(latent_shape(full_vae))
+    assert measured_margin(plan.working_bytes // 2, plan) == SLACK
+    assert measured_margin(10 * plan.working_bytes, plan) == pytest.approx(10 * SLACK)
+    small = replace(plan, working_bytes=LEAST_MEASURED - 1)
+    assert measured_margin(10 * LEAST_MEASURED, small) is None
+    waiting = replace(plan, waiting_bytes=GIB)
+    assert measured_margin(GIB + plan.working_bytes, waiting) == SLACK
 
 
 def test_a_budget_that_nothing_fits_is_said(full_vae: VideoVAE) -> None:
     plan = full_vae.plan_decode(latent_shape(full_vae), budget_bytes=2**20)
     assert not plan.fits
-    assert isinstance(plan.tiles, TilePlan)
+    assert isinstance(plan.tiles, (TilePlan, StripPlan))
     assert "does not fit the budget" in str(plan)
+
+
+def test_a_budget_is_a_limit_and_the_error_names_one_that_would_do(full_vae: VideoVAE) -> None:
+    shape = latent_shape(full_vae)
+    with pytest.raises(BudgetError, match=r"To decode 1280x720 with .* does not fit 50 MiB of device memory") as error:
+        full_vae.plan_decode(shape, budget_bytes=50 * 2**20, required=True)
+    named = re.search(r"exactly is ([\d.]+) GiB", str(error.value))
+    assert named is not None
+    least = float(named[1])
+    assert full_vae.plan_decode(shape, budget_bytes=int(least * GIB), required=True).fits
+    assert not full_vae.plan_decode(shape, budget_bytes=int(max(0.05, least - 0.2) * GIB)).fits
+    blended = FAMILIES[full_vae.family].reference_tiles
+    assert ("else blended" in str(error.value)) == blended
+    with pytest.raises(BudgetError, match=r"1\.0 GiB of RAM"):
+        full_vae.plan_decode(
+            latent_shape(full_vae, 9, 540, 960), budget_bytes=int(1.2 * least * GIB), ram_bytes=GIB, required=True
+        )
+
+
+def test_blended_tiles_are_the_last_choice() -> None:
+    vae = full_size(FULL["cv-vae"])
+    shape = latent_shape(vae, 25, 135, 240)
+    exact = vae.plan_decode(shape, budget_bytes=8 * GIB, ram_bytes=16 * GIB, blended=True)
+    assert exact.exact
+    plan = vae.plan_decode(shape, budget_bytes=8 * GIB, ram_bytes=4 * GIB, blended=True)
+    assert plan.tiles == ReferencePlan(576)
+    assert plan.fits
+    assert not plan.exact
+    assert not vae.plan_decode(shape, budget_bytes=8 * GIB, ram_bytes=4 * GIB).fits
+    less = vae.smaller_plan(plan.tiles, shape, "decode", ram_bytes=4 * GIB, blended=True)
+    assert less == ReferencePlan(432)
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "ram", "bus", "host"),
+    [
+        ((72, 128), 8, None, 30e9, 4.5),
+        ((72, 128), 6, None, 45e9, 4.5),
+        ((90, 160), 12, None, 55e9, 0.1),
+        ((135, 240), 8, 16, 120e9, 16),
+    ],
+    ids=["576p in 8", "576p in 6", "720p in 12", "1080p in 8"],
+)
+def test_cv_vae_on_the_cards_that_people_have(
+    size: tuple[int, int], budget: float, ram: float | None, bus: float, host: float
+) -> None:
+    """97 frames in bf16, exact: bytes over the bus for each chunk, and what waits in RAM, in GiB."""
+    vae = full_size(FULL["cv-vae"])
+    plan = vae.plan_decode(
+        latent_shape(vae, 25, *size),
+        budget_bytes=int(budget * GIB),
+        ram_bytes=None if ram is None else int(ram * GIB),
+        dtype=torch.bfloat16,
+        required=True,
+    )
+    assert plan.exact
+    assert plan.device_bytes <= budget * GIB
+    assert plan.transfer_bytes <= plan.chunks * bus
+    assert plan.host_bytes <= host * GIB
+
+
+def test_iv_vae_on_the_cards_that_people_have() -> None:
+    vae = full_size(FULL["iv-vae"])
+    small = vae.plan_decode(latent_shape(vae, 25), budget_bytes=2 * GIB, dtype=torch.bfloat16)
+    large = vae.plan_decode(
+        latent_shape(vae, 25, 270, 480), budget_bytes=8 * GIB, ram_bytes=16 * GIB, dtype=torch.bfloat16
+    )
+    assert small.fits
+    assert small.exact
+    assert large.fits
+    assert large.exact
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        StripPlan(strips=16),
+        StripPlan(strips=8, again=1),
+        StripPlan(strips=16, room=GIB // 2),
+        StripPlan(strips=32, room=GIB // 4, again=2),
+        StripPlan(strips=4, room=0),
+    ],
+    ids=["strips", "again", "half", "both", "ram"],
+)
+@pytest.mark.parametrize("decoding", [True, False], ids=["decode", "encode"])
+def test_what_strips_are_said_to_need_is_what_they_need(
+    plan: StripPlan, decoding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arithmetic against a run without data that counts: live tensors on both sides, and bytes between them."""
+    vae = full_size(FULL["cv-vae"])
+    shape = latent_shape(vae, 5, 60, 60) if decoding else (1, 3, 17, 480, 480)
+    said = vae.describe_plan(plan, shape, "decode" if decoding else "encode")
+    moved = 0
+    pairs, take = Rows.pairs, Blocks.take
+
+    def counted_pairs(rows: Rows, x: Any, region: Any) -> Any:
+        nonlocal moved
+        for there, here in pairs(rows, x, region):
+            moved += here.numel() * here.element_size()
+            yield there, here
+
+    def counted_take(blocks: Blocks, nbytes: int) -> Any:
+        with profile.on_host():
+            return take(blocks, nbytes)
+
+    monkeypatch.setattr(Rows, "pairs", counted_pairs)
+    monkeypatch.setattr(Blocks, "take", counted_take)
+    with Profile() as profile:
+        x = torch.empty(shape, dtype=vae.dtype, device="meta")
+        for chunk in vae.decode_stream(x, plan=plan) if decoding else vae.encode_stream([x], plan=plan):
+            del chunk
+    said_device = said.waiting_bytes + said.working_bytes
+    assert profile.device.peak <= 1.05 * said_device
+    assert said_device <= 1.25 * profile.device.peak
+    assert profile.host.peak == pytest.approx(said.host_bytes, rel=0.1, abs=2**27)
+    assert moved == pytest.approx(said.transfer_bytes, rel=0.1)
 
 
 def test_ram_may_be_limited_too(full_vae: VideoVAE) -> None:
     shape = latent_shape(full_vae)
     budget = full_vae.decode_bytes(*shape[3:]) // 4
     free = full_vae.plan_decode(shape, budget_bytes=budget)
-    assert isinstance(free.tiles, TilePlan)
-    assert free.tiles.offload
+    assert free.host_bytes
     assert free.fits
     limited = full_vae.plan_decode(shape, budget_bytes=budget, ram_bytes=free.host_bytes // 2)
     assert not limited.fits
@@ -267,7 +382,7 @@ def test_whole_frames_come_first(full_vae: VideoVAE) -> None:
 def test_convolutions_stay_below_two_to_the_31_elements() -> None:
     vae = full_size(FULL["cv-vae"])
     plan = vae.plan_decode(latent_shape(vae, 5, 270, 480))  # whole: 128 channels x 17 x 2160 x 3840 elements
-    assert isinstance(plan.tiles, TilePlan)
+    assert isinstance(plan.tiles, StripPlan)
 
 
 def test_4k_fits_8_gib(full_vae: VideoVAE) -> None:
@@ -295,17 +410,18 @@ def test_the_official_tiling_is_described_as_what_it_is() -> None:
     assert "Official tiles of 576 px, 6 per chunk" in str(plan)
     one = vae.describe_plan(ReferencePlan(), latent_shape(vae, 5, 64, 64), "decode")
     assert (one.exact, one.tile_count) == (True, 1)
-    assert isinstance(vae.smaller_plan(ReferencePlan(), shape, "decode"), TilePlan)
+    assert isinstance(vae.smaller_plan(ReferencePlan(), shape, "decode"), StripPlan)
 
 
 def test_on_a_cpu_nothing_is_moved_to_ram(small_vae: Callable[..., VideoVAE], family: str) -> None:
     vae = small_vae(family, torch.float32)
     plan = vae.plan_decode((1, vae.info.latent_channels, 5, 90, 160), budget_bytes=2**26, device="cpu")
-    assert isinstance(plan.tiles, TilePlan)
-    assert not plan.tiles.offload
+    assert isinstance(plan.tiles, (TilePlan, StripPlan))
+    assert plan.tiles.room is None
+    assert plan.host_bytes == plan.transfer_bytes == 0
     on_gpu = vae.plan_decode((1, vae.info.latent_channels, 5, 90, 160), budget_bytes=2**26, device="cuda")
-    assert isinstance(on_gpu.tiles, TilePlan)
-    assert on_gpu.tiles.offload
+    assert isinstance(on_gpu.tiles, (TilePlan, StripPlan))
+    assert on_gpu.tiles.room is not None
 
 
 def test_halos_cost_what_the_arithmetic_says() -> None:
@@ -361,7 +477,7 @@ def test_a_plan_is_run_as_it_is_given(family: str, small_vae: Callable[..., Vide
     latent = torch.randn(1, vae.info.latent_channels, 2, 9, 10, dtype=torch.float64)
     plan = vae.plan_decode(latent.shape, budget_bytes=vae.decode_bytes(9, 10, frames=5) - 1)
     assert isinstance(plan, Plan)
-    assert isinstance(plan.tiles, TilePlan)
+    assert isinstance(plan.tiles, (TilePlan, StripPlan))
     assert plan.fits
     torch.testing.assert_close(vae.decode(latent, plan=plan.tiles), vae.decode(latent), rtol=0, atol=1e-9)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,11 +17,19 @@ from torch import Tensor, nn
 
 import vae_core
 from vae_core.families.iv_vae import IVVAEConfig
-from vae_core.families.iv_vae.layers import PUBLISHED, AttentionBlock, Downsample, PixelConv, SeparatedConv, Upsample
-from vae_core.families.iv_vae.network import Decoder, Encoder, ResidualBlock, steps_of
+from vae_core.families.iv_vae.layers import (
+    PUBLISHED,
+    AttentionBlock,
+    Downsample,
+    GroupedCausalConv3d,
+    PixelConv,
+    SeparatedConv,
+    Upsample,
+)
+from vae_core.families.iv_vae.network import Decoder, Encoder, block
 from vae_core.nn.clip import Clip
 from vae_core.nn.layers import FrameConv
-from vae_core.nn.steps import Context, Layer, Memory, Step, Streaming, walk
+from vae_core.nn.steps import Context, Layer, Memory, ResidualBlock, Streaming, walk
 
 CONFIG = IVVAEConfig(dim=8, latent_channels=4, scale_factor=1.0, shift_factor=0.0)
 
@@ -32,8 +40,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
     "separated convolution 1x1": (lambda: SeparatedConv(8, 3, kernel=1, parts=PUBLISHED), 8, 1, 4),
     "pixel convolution": (lambda: PixelConv(8, parts=PUBLISHED), 8, 1, 4),
     "frame convolution": (lambda: FrameConv(8, 8), 8, 1, 1),
-    "residual block": (lambda: ResidualBlock(4, 6, PUBLISHED), 8, 1, 4),
-    "residual block, 2-D": (lambda: ResidualBlock(4, 4, PUBLISHED, two_d=True), 8, 1, 1),
+    "residual block": (lambda: block(4, 6, PUBLISHED), 8, 1, 4),
+    "residual block, 2-D": (lambda: block(4, 4, PUBLISHED, two_d=True), 8, 1, 1),
     "attention": (lambda: AttentionBlock(4), 8, 1, 1),
     "downsample": (lambda: Downsample(4, halve_time=True), 8, 1, 4),
     "downsample, space only": (lambda: Downsample(4, halve_time=False), 8, 1, 4),
@@ -49,17 +57,9 @@ def groups(x: Tensor, first: int, later: int) -> Iterator[Tensor]:
         yield x[:, :, start : start + later]
 
 
-def steps_in(module: nn.Module) -> Sequence[Step]:
-    if isinstance(module, (Encoder, Decoder)):
-        return module.steps()
-    if isinstance(module, ResidualBlock):
-        return steps_of([module])
-    assert isinstance(module, Layer)
-    return [Step(layer=module)]
-
-
 def walked(module: nn.Module, x: Tensor, memory: Memory, *, plain: bool, first: bool) -> Tensor:
-    return walk(steps_in(module), Clip([x]), Context(memory=memory, first=first, plain=plain)).tensor()
+    assert isinstance(module, (Encoder, Decoder, ResidualBlock, Layer))
+    return walk(module.steps(), Clip([x]), Context(memory=memory, first=first, plain=plain)).tensor()
 
 
 def run(
@@ -141,13 +141,15 @@ def test_grouped_causal_convolution_is_the_published_one(plain: bool) -> None:
     separated = SeparatedConv(3, 2, kernel=3, parts=PUBLISHED).double().requires_grad_(False)
     conv, frames = separated.conv_3d, separated.conv_2d
     assert frames is not None
+    assert isinstance(conv, GroupedCausalConv3d)
     x = torch.randn(1, 3, 9, 6, 5, dtype=torch.float64)
     zero = torch.zeros_like(x[:, :, :1])
 
     def published(before: Tensor, group: Tensor) -> Tensor:
-        single = torch.stack([frames(frame) for frame in group.unbind(2)], dim=2)
+        single = [nn.functional.conv2d(frame, frames.weight, frames.bias, padding=1) for frame in group.unbind(2)]
         padded = torch.cat((before, group, zero), dim=2)
-        return torch.cat((single, nn.functional.conv3d(padded, conv.weight, conv.bias, padding=(0, 1, 1))), dim=1)  # type: ignore[arg-type]
+        later = nn.functional.conv3d(padded, conv.weight, conv.bias, padding=(0, 1, 1))
+        return torch.cat((torch.stack(single, dim=2), later), dim=1)
 
     expected = [
         published(x[:, :, :1], x[:, :, :1]),
@@ -277,7 +279,7 @@ def test_gradients_agree_with_and_without_checkpointing(
 
 def test_checkpointing_keeps_fewer_activations() -> None:
     torch.manual_seed(0)
-    block = ResidualBlock(8, 8, PUBLISHED)
+    steps = block(8, 8, PUBLISHED).steps()
     x = torch.randn(1, 16, 4, 16, 16, requires_grad=True)
     sizes: dict[bool, int] = {}
     for checkpointing in (False, True):
@@ -288,7 +290,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            walk(block.steps(), Clip([x]), Context(plain=True), checkpointing=checkpointing)
+            walk(steps, Clip([x]), Context(plain=True), checkpointing=checkpointing)
         sizes[checkpointing] = sum(saved)
     assert sizes[True] < sizes[False] / 3
 

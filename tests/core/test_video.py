@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,14 +13,11 @@ import torch
 from vae_core.errors import VideoError
 from vae_core.media.video import VideoWriter, frame_times, is_variable, probe, read_frames
 
-from .clips import moving_picture, same_sound, samples, tone_file, with_sound, write_av
+from .clips import moving_picture, same_sound, samples, with_sound, write_av
+from .command_line import read_all
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128), (200, 40, 90))
-
-
-def read_all(path: Path, **choice: int) -> torch.Tensor:
-    return torch.cat(list(read_frames(path, **choice)), 2)
 
 
 def as_bytes(video: torch.Tensor) -> np.ndarray:
@@ -252,85 +248,6 @@ def test_a_source_without_sound_adds_none(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "copy.mp4", fps=Fraction(25), size=(48, 64), audio_from=silent) as writer:
         writer.write(torch.zeros(1, 3, 3, 48, 64))
     assert not probe(tmp_path / "copy.mp4").has_audio
-
-
-def _text(folder: Path) -> Path:
-    (folder / "text.mp4").write_text("this is not a video\n" * 50)
-    return folder / "text.mp4"
-
-
-def _cut(folder: Path) -> Path:
-    whole = with_sound(folder / "whole.mp4", 10)
-    (folder / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    return folder / "cut.mp4"
-
-
-def _sound_only(folder: Path) -> Path:
-    return tone_file(folder / "tone.m4a", 0.3)
-
-
-def _empty(folder: Path) -> Path:
-    (folder / "empty.mp4").touch()
-    return folder / "empty.mp4"
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (_text, "cannot be read as video"),
-        (_cut, "cannot be read as video"),
-        (_empty, "cannot be read as video"),
-        (_sound_only, "holds only sound; give a file with a video stream"),
-        (lambda folder: folder / "nowhere.mp4", "no such file"),
-        (lambda folder: folder, "is a folder; give a video file"),
-    ],
-)
-def test_wrong_inputs_are_named(tmp_path: Path, make: Callable[[Path], Path], words: str) -> None:
-    path = make(tmp_path)
-    for attempt in (probe, lambda file: list(read_frames(file)), frame_times):
-        with pytest.raises(VideoError, match=words):
-            attempt(path)
-
-
-def test_a_change_of_size_is_refused(tmp_path: Path) -> None:
-    parts = b"".join(
-        write_av(tmp_path / f"{side}.h264", [np.zeros((side, 64, 3), np.uint8)] * 5).read_bytes() for side in (48, 64)
-    )
-    (tmp_path / "both.h264").write_bytes(parts)
-    with pytest.raises(VideoError, match="changes from 64x48 to 64x64 at frame 5"):
-        list(read_frames(tmp_path / "both.h264"))
-    assert read_all(tmp_path / "both.h264", frames=5).shape == (1, 3, 5, 48, 64)
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "words"),
-    [
-        ("clip.txt", (48, 64), "end the name in one of .mp4"),
-        ("clip", (48, 64), "end the name in one of .mp4"),
-        ("clip.mp4", (8, 64), "64x8 is too small to store"),
-        ("nowhere/clip.mp4", (48, 64), "cannot be written there"),
-    ],
-)
-def test_wrong_outputs_are_named(tmp_path: Path, name: str, size: tuple[int, int], words: str) -> None:
-    with pytest.raises(VideoError, match=words), VideoWriter(tmp_path / name, fps=Fraction(25), size=size):
-        pass
-    assert not any(tmp_path.iterdir())
-
-
-def test_the_writer_refuses_wrong_shapes_and_no_frames(tmp_path: Path) -> None:
-    with (
-        pytest.raises(
-            VideoError, match=r"got frames of shape \(1, 3, 1, 32, 64\), this file takes \(1, 3, t, 48, 64\)"
-        ),
-        VideoWriter(tmp_path / "clip.mp4", fps=Fraction(25), size=(48, 64)) as writer,
-    ):
-        writer.write(torch.zeros(1, 3, 1, 32, 64))
-    with (
-        pytest.raises(VideoError, match="no frame was given"),
-        VideoWriter(tmp_path / "clip.mp4", fps=Fraction(25), size=(48, 64)),
-    ):
-        pass
-    assert not any(tmp_path.iterdir())
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:

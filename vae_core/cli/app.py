@@ -24,6 +24,7 @@ from .guard import UserError, guarded, note, out, say, set_debug
 from .inflate import inflate_command
 from .options import (
     Bits,
+    Budget,
     CodecChoice,
     Crf,
     Device,
@@ -34,11 +35,16 @@ from .options import (
     HdrOption,
     Overwrite,
     PixFmt,
+    Ram,
     Seed,
     SkipDamage,
     Start,
+    Tile,
+    Tiling,
+    TilingOption,
     Video,
     Weights,
+    bounded,
     form_of,
     load_weights,
 )
@@ -140,6 +146,10 @@ def encode_command(
     frames: Frames = None,
     skip_damage: SkipDamage = False,
     hdr: HdrChoice = HdrOption.tone_map,
+    budget: Budget = None,
+    ram: Ram = None,
+    tiling: Tiling = TilingOption.exact,
+    tile: Tile = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a video into a latent file, with its sound beside it."""
@@ -148,7 +158,7 @@ def encode_command(
     clip = _open(video, start, frames, skip_damage=skip_damage, hdr=hdr)
     if clip.info.has_audio:
         check_outputs((path.with_name(sound_name(path)),), overwrite=overwrite, inputs=(video,))
-    vae = load_weights(weights, dtype, device)
+    vae = bounded(load_weights(weights, dtype, device), budget, ram, tiling, tile)
     with progress("encoding", clip.frames) as advance:
         encode(vae, clip, path, seed=seed, advance=advance)
     say(latent_block(open_latent(path)))
@@ -178,6 +188,10 @@ def decode_command(
     codec: CodecChoice = None,
     bits: Bits = None,
     pix_fmt: PixFmt = None,
+    budget: Budget = None,
+    ram: Ram = None,
+    tiling: Tiling = TilingOption.exact,
+    tile: Tile = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a latent file back into a video with its sound, or into pictures."""
@@ -190,7 +204,7 @@ def decode_command(
     inputs = [latents] + ([] if sound is None else [sound])
     check_outputs(paths, overwrite=overwrite, inputs=inputs, frames=file.meta.frames)
     check_latent(file)
-    vae = _load_for(file, weights, dtype, device)
+    vae = bounded(_load_for(file, weights, dtype, device), budget, ram, tiling, tile)
     if missing is not None:
         note(missing)
     if is_picture(path) and sound is not None:
@@ -225,6 +239,10 @@ def reconstruct_command(
     codec: CodecChoice = None,
     bits: Bits = None,
     pix_fmt: PixFmt = None,
+    budget: Budget = None,
+    ram: Ram = None,
+    tiling: Tiling = TilingOption.exact,
+    tile: Tile = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Send a video through a VAE and back; write it, a side-by-side, and say how close it is."""
@@ -235,7 +253,7 @@ def reconstruct_command(
     form = form_of(crf, codec, bits, pix_fmt)
     _check_name(plain, form)
     check_outputs((plain, beside), overwrite=overwrite, inputs=(video,), frames=clip.frames)
-    vae = load_weights(weights, dtype, device)
+    vae = bounded(load_weights(weights, dtype, device), budget, ram, tiling, tile)
     with progress("reconstructing", clip.frames) as advance:
         quality, told = reconstruct(vae, clip, plain=plain, beside=beside, form=form, seed=seed, advance=advance)
     _say_told(told)
@@ -274,6 +292,10 @@ def demo(
     dtype: DTypeOption = DType.auto,
     device: Device = "auto",
     frames: Frames = None,
+    budget: Budget = None,
+    ram: Ram = None,
+    tiling: Tiling = TilingOption.exact,
+    tile: Tile = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Send the bundled clip through both demo VAEs; write videos and a contact sheet."""
@@ -288,7 +310,8 @@ def demo(
     results: list[tuple[str, Quality, float]] = []
     pickers: list[report.FramePicker] = []
     for name, (plain, beside) in videos.items():
-        vae, picker, began = load_weights(name, dtype, device), report.FramePicker(shown), time.monotonic()
+        vae = bounded(load_weights(name, dtype, device), budget, ram, tiling, tile)
+        picker, began = report.FramePicker(shown), time.monotonic()
         with progress(name, clip.frames) as advance:
             quality, _ = reconstruct(vae, clip, plain=plain, beside=beside, seed=None, advance=advance, watch=picker)
         results.append((f"{name} (z {vae.info.latent_channels})", quality, time.monotonic() - began))

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, ParamSpec
 
-import torch
 import typer
 from rich.console import Console
 
 from ..door.downloads import DownloadError
-from ..errors import CheckpointError, LatentFileError, VideoError
-from ..run.output import NotFiniteError
+from ..door.output import NotFiniteError
+from ..errors import BudgetError, CheckpointError, LatentFileError, VideoError
+from ..run.stream import is_out_of_memory
 
 P = ParamSpec("P")
 _ENDING = ("SIGTERM", "SIGHUP", "SIGBREAK")
@@ -80,12 +80,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _end("Stopped. No unfinished file is left behind.", 130)
         except Terminated as ended:
             _end("Ended from outside. No unfinished file is left behind.", 128 + ended.number)
-        except (UserError, CheckpointError, LatentFileError, VideoError, NotFiniteError) as error:
+        except (UserError, BudgetError, CheckpointError, LatentFileError, VideoError, NotFiniteError) as error:
             _end(str(error), 2)
         except DownloadError as error:
             _end(str(error), 1)
-        except (MemoryError, torch.cuda.OutOfMemoryError):
-            _end("Out of memory. Use a smaller picture, --dtype bfloat16, or --device cpu.", 1)
         except OSError as error:
             if error.errno in DISK_FULL:
                 _end("The disk is full. No unfinished file is left behind; make room, or choose another -o.", 1)
@@ -95,6 +93,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                _end(
+                    "Out of memory, by the smallest plan too. Use smaller frames, --dtype bfloat16 or --device cpu.", 1
+                )
             _unexpected(error)
 
     return wrapper

@@ -9,6 +9,7 @@ import typer
 
 from ..door.loading import load
 from ..door.vae import VideoVAE
+from ..run.tiling import TilePlan
 from .guard import UserError
 from .work import Form
 
@@ -20,6 +21,13 @@ class DType(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class TilingOption(str, Enum):
+    """Which tiles may be taken."""
+
+    exact = "exact"
+    blended = "blended"
 
 
 class HdrOption(str, Enum):
@@ -49,7 +57,7 @@ Seed = Annotated[
     typer.Option("--seed", min=0, max=2**63 - 1, help="Draw from the posterior with this seed; without: its mean."),
 ]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Precision; auto: bfloat16 on CUDA, else float32.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, mps ...")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, xpu, mps.")]
 Start = Annotated[int, typer.Option("--start", min=0, help="First frame to use, counted from 0.")]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="How many frames to use; without: to the end.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
@@ -77,6 +85,48 @@ PixFmt = Annotated[
 Video = Annotated[Path, typer.Argument(help="A video or an image file.", show_default=False)]
 
 
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        min=0.001,
+        help="Device memory in GiB to work in, without the weights; what is free on a GPU if left out.",
+        show_default=False,
+    ),
+]
+Ram = Annotated[
+    float | None,
+    typer.Option(
+        "--ram", min=0.001, help="RAM in GiB for what waits off a GPU; no limit if left out.", show_default=False
+    ),
+]
+Tiling = Annotated[
+    TilingOption,
+    typer.Option("--tiling", help="exact; or blended: where nothing exact fits, CV-VAE's official tiles."),
+]
+Tile = Annotated[
+    int | None,
+    typer.Option("--tile", min=1, help="Exact tiles of this side in latents (8 pixels each).", show_default=False),
+]
+
+
+def bounded(vae: VideoVAE, budget: float | None, ram: float | None, tiling: TilingOption, tile: int | None) -> VideoVAE:
+    """The VAE, which keeps within what the options allow. Raises UserError for a choice that it does not have."""
+    if tiling is TilingOption.blended and not vae.model.family.reference_tiles:
+        raise UserError(f"--tiling blended: the official tiles are those of CV-VAE, and this is {vae.family}.")
+    return vae.within(
+        None if tile is None else TilePlan(tile=tile),
+        budget_bytes=gib(budget),
+        ram_bytes=gib(ram),
+        blended=tiling is TilingOption.blended,
+    )
+
+
+def gib(count: float | None) -> int | None:
+    """GiB in bytes."""
+    return None if count is None else int(count * 2**30)
+
+
 def form_of(crf: float | None, codec: CodecOption | None, bits: int | None, pix_fmt: str | None) -> Form:
     """How the options ask for a result to be stored."""
     return Form(crf=crf, codec=None if codec is None else codec.value, bits=bits, pix_fmt=pix_fmt)
@@ -89,28 +139,43 @@ def load_weights(weights: str, dtype: DType, device: str) -> VideoVAE:
 
 
 def device_and_dtype(dtype: DType, device: str) -> tuple[torch.device, torch.dtype]:
-    """What the two options stand for."""
-    where = _device(device)
+    """What the two options stand for. Raises UserError for a device that is not there."""
+    where = device_named(device)
+    if not is_there(where):
+        raise UserError(
+            f"--device {device} is not there: this torch sees {_count(where.type)} {where.type.upper()} devices; use "
+            "--device cpu."
+        )
+    return where, dtype_for(dtype, where)
+
+
+def dtype_for(dtype: DType, device: torch.device) -> torch.dtype:
+    """What --dtype stands for on a device."""
     if dtype is DType.auto:
-        return where, torch.bfloat16 if where.type == "cuda" else torch.float32
-    return where, {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16, DType.float16: torch.float16}[dtype]
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16, DType.float16: torch.float16}[dtype]
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """What --device stands for, be it there or not. Raises UserError for what is no device."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(next((kind for kind in ("cuda", "xpu", "mps") if _count(kind)), "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is no device; use auto, cpu, cuda, cuda:0 or mps.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name} is not there: this torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu."
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps is not there: this torch sees no Apple GPU; use --device cpu.")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} cannot be used; use auto, cpu, cuda, cuda:0 or mps.")
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "xpu", "mps"):
+        raise UserError(f"--device {name} is no device; use auto, cpu, cuda, cuda:0, xpu or mps.")
     return device
+
+
+def is_there(device: torch.device) -> bool:
+    """Whether this torch sees a device."""
+    return device.type == "cpu" or (device.index or 0) < _count(device.type)
+
+
+def _count(kind: str) -> int:
+    """How many GPUs of a kind this torch sees."""
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    return torch.cuda.device_count() if kind == "cuda" else torch.xpu.device_count()

@@ -4,11 +4,28 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ..pictures.plan import draw_plan
+from ..plan.planner import PlanOptions
+from ..plan.rates import Rates, rates_of
 from .guard import UserError, guarded, say
-from .options import Device, DType, DTypeOption, Weights, load_weights
+from .options import (
+    Budget,
+    Device,
+    DType,
+    DTypeOption,
+    Ram,
+    Tiling,
+    TilingOption,
+    Weights,
+    device_named,
+    dtype_for,
+    gib,
+    is_there,
+    load_weights,
+)
 
 
 class Way(str, Enum):
@@ -24,9 +41,16 @@ def plan_command(
     height: Annotated[int, typer.Option("--height", min=1, help="Height of the frames in pixels.")],
     frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of the clip.")],
     way: Annotated[Way, typer.Option("--way", help="decode or encode.")] = Way.DECODE,
-    budget: Annotated[
-        float | None,
-        typer.Option("--budget", min=0.001, help="Device memory in GiB, without the weights; if left out: no limit."),
+    budget: Budget = None,
+    ram: Ram = None,
+    tiling: Tiling = TilingOption.exact,
+    rates: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(
+            help="What the device does: TFLOP/s of convolutions, GB/s of its memory, GB/s to and from RAM; measured, "
+            "or those of a card of the middle class, if left out.",
+            show_default=False,
+        ),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option("--picture", help="Where to write the tiles as a PNG; without: nowhere.")
@@ -35,22 +59,43 @@ def plan_command(
     dtype: DTypeOption = DType.auto,
     device: Device = "auto",
 ) -> None:
-    """Say how a clip would be encoded or decoded within a memory budget. Nothing is computed."""
+    """Say how a clip would be encoded or decoded within a memory budget. Nothing is computed.
+
+    The device need not be there: --device cuda plans for a card that you might have.
+    """
     if picture is not None and picture.suffix.lower() != ".png":
         raise UserError(f"{picture} is not the name of a PNG file: end it in .png.")
-    vae = load_weights(weights, dtype, device)
+    vae = load_weights(weights, dtype, "cpu")
+    where = device_named(device)
+    kind = dtype_for(dtype, where)
     compression = vae.info.compression
     latents = compression.latent_frames(frames)
-    budget_bytes = None if budget is None else int(budget * 2**30)
+    asked: PlanOptions = {
+        "budget_bytes": gib(budget),
+        "ram_bytes": gib(ram),
+        "blended": tiling is TilingOption.blended,
+        "device": where,
+        "dtype": kind,
+        "rates": rates_of_options(rates, where, kind),
+    }
     if way is Way.DECODE:
         cells = compression.cells(height), compression.cells(width)
-        plan = vae.plan_decode((1, vae.info.latent_channels, latents, *cells), budget_bytes=budget_bytes)
+        plan = vae.plan_decode((1, vae.info.latent_channels, latents, *cells), **asked)
     else:
-        plan = vae.plan_encode((1, 3, frames, height, width), budget_bytes=budget_bytes)
+        plan = vae.plan_encode((1, 3, frames, height, width), **asked)
     limit = "without a limit" if budget is None else f"within {budget:g} GiB"
-    precision = str(vae.dtype).removeprefix("torch.")
+    precision = str(kind).removeprefix("torch.")
     title = f"{way.value} {frames} frames of {width}x{height} with {vae.family}, {precision}, {limit}"
     say(f"{title}\n{plan}")
     if picture is not None:
         draw_plan(plan, (height, width), frames, title).save(picture)
         say(f"picture  {picture}")
+
+
+def rates_of_options(
+    given: tuple[float, float, float] | None, device: torch.device, dtype: torch.dtype
+) -> Rates | None:
+    """What the option says, or what this device does, if it is there."""
+    if given is not None:
+        return Rates(flops=given[0] * 1e12, memory=given[1] * 1e9, bus=given[2] * 1e9)
+    return rates_of(device, dtype) if is_there(device) else None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import LONGEST_NAME
+from ..door.output import NotFiniteError
 from ..door.vae import VideoVAE
 from ..errors import LatentFileError, VideoError
 from ..media.audio import SIDECAR_START, save_sound
@@ -26,7 +27,6 @@ from ..media.scanning import timeline_of
 from ..media.timeline import Timeline
 from ..media.video import Codec, VideoInfo, VideoWriter, checked_stop, losses, probe, read_frames
 from ..metrics import frame_quality
-from ..run.output import NotFiniteError
 from .guard import UserError
 
 Advance = Callable[[int], None]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from itertools import chain, islice
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from ..families import Compression, Direction, Network
-from ..plan.planner import Budget, Plan, choose, describe, device_bytes, smaller
+from ..plan.planner import MARGIN, Budget, Plan, PlanOptions, choose, describe, device_bytes, required, smaller
 from ..plan.prediction import Task
+from ..plan.rates import Rates, nominal, rates_of
 from ..run.executor import Pass
-from ..run.output import collect, host_frames, trimmed
 from ..run.stream import Recover, run_chunks
-from ..run.tiling import AnyPlan, TilePlan
+from ..run.tiling import AnyPlan
 from ..run.windows import check_whole, pad_stream, rechunk, whole_stream
 from .checks import check_clip, check_frames, checked, checked_bytes, size_checked
 from .info import VAEInfo
+from .output import collect, host_frames, trimmed
 
 Progress = Callable[[int, int], None]
 Between = Callable[[], None]
@@ -36,6 +38,7 @@ class VideoVAE:
     def __init__(self, model: Network) -> None:
         self.model = model
         self._compiled: Callable[..., Any] | None = None
+        self._limits: tuple[AnyPlan, PlanOptions] | None = None
 
     @property
     def family(self) -> str:
@@ -169,6 +172,7 @@ class VideoVAE:
         self,
         latent: Tensor | Iterable[Tensor],
         *,
+        start: int = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         plan: AnyPlan = None,
@@ -177,10 +181,11 @@ class VideoVAE:
     ) -> Iterator[Tensor]:
         """Frames of a latent, or of a stream of (b, z, t', h', w') of any t', chunk by chunk; holds one chunk.
 
-        Stops once `frames` are out, and raises ValueError if the stream ends before. between: as in
-        `encode_stream`. Other arguments as in `decode`.
+        Stops after frame `frames` - 1, and raises ValueError if the stream ends before. start: frames before this one
+        are left out; chunks that lie before it are not computed, unless later ones depend on them (IV-VAE). between: as
+        in `encode_stream`. Other arguments as in `decode`.
         """
-        return self._decoded(latent, frames, size, plan, recover, between, bring_back=True)
+        return self._decoded(latent, start, frames, size, plan, recover, between, bring_back=True)
 
     def decode_frames(
         self,
@@ -189,6 +194,7 @@ class VideoVAE:
         dtype: torch.dtype = torch.float32,
         lent: bool = False,
         check: bool = False,
+        start: int = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         plan: AnyPlan = None,
@@ -202,12 +208,13 @@ class VideoVAE:
         asked for, for those who do not keep them. check: raise `NotFiniteError` at the first chunk with NaN or
         infinity. Other arguments as in `decode`. Raises ValueError for another dtype.
         """
-        chunks = self._decoded(latent, frames, size, plan, recover, between, bring_back=False)
+        chunks = self._decoded(latent, start, frames, size, plan, recover, between, bring_back=False)
         return host_frames(chunks, self.device, dtype, lent=lent, check=check)
 
     def _decoded(
         self,
         latent: Tensor | Iterable[Tensor],
+        start: int,
         frames: int | None,
         size: tuple[int, int] | None,
         plan: AnyPlan,
@@ -219,10 +226,12 @@ class VideoVAE:
         family, config = self.model.family, self.model.config
         clips = checked([latent] if isinstance(latent, Tensor) else latent, family.id, config.latent_channels, *LATENT)
         space = family.compression.space
+        skipped = 0 if any(step.slots() for step in self.model.steps("decode")) else family.frames.before(start)
         sized = (size_checked(chunk, size, space) for chunk in rechunk(clips, family.latents))
-        chunks = (family.to_network(config, chunk) for chunk in sized)
+        chunks = (family.to_network(config, chunk) for chunk in islice(sized, skipped, None))
         decoded = self._run("decode", chunks, plan, recover, between, bring_back=bring_back)
-        yield from trimmed(decoded, family.frames.overlap, frames, size)
+        gone = family.frames.until(skipped)
+        yield from trimmed(decoded, family.frames.overlap, frames, size, start=start, gone=gone)
 
     # ---------------------------------------------------------------------------------------------- running
 
@@ -235,6 +244,32 @@ class VideoVAE:
         self._compiled = torch.compile(self.model.chunk, **options)
         return self
 
+    def within(self, plan: AnyPlan = None, **limits: Unpack[PlanOptions]) -> VideoVAE:
+        """From now on, choose plans for what comes without one, and go on by a smaller one when memory runs out.
+
+        plan: run by this one instead of choosing. limits: as in `plan_decode`; on a GPU, without `budget_bytes`, most
+        of what is free when a clip begins. Where nothing fits, a clip ends in BudgetError before any work.
+        Returns self.
+        """
+        self._limits = plan, limits
+        return self
+
+    def _planned(
+        self, direction: Direction, chunks: Iterable[Tensor], limits: PlanOptions, plan: AnyPlan
+    ) -> tuple[Iterable[Tensor], AnyPlan, Recover | None]:
+        """The chunks, how they run, and what happens when memory runs out."""
+        rest = iter(chunks)
+        first = next(rest, None)
+        if first is None:
+            return (), None, None
+        shape = (*first.shape[:2], _LONG, *first.shape[3:])  # plans do not depend on the length of long clips
+        options: PlanOptions = {"device": self.device, **limits}
+        if options.get("budget_bytes") is None and self.device.type == "cuda":
+            options["budget_bytes"] = int(AUTOMATIC_SHARE * torch.cuda.mem_get_info(self.device)[0])
+        if plan is None:
+            plan = self._plan(shape, direction, {**options, "required": True}).tiles
+        return chain([first], rest), plan, lambda _, ran: self.smaller_plan(ran, shape, direction, **options)
+
     def _run(
         self,
         direction: Direction,
@@ -245,74 +280,60 @@ class VideoVAE:
         *,
         bring_back: bool = True,
     ) -> Iterator[Tensor]:
+        if self._limits is not None and plan is None and recover is None:
+            chunks, plan, recover = self._planned(direction, chunks, self._limits[1], self._limits[0])
         work = Pass(self.model, direction, plan, compiled=self._compiled, between=between or (lambda: None))
         return run_chunks(chunks, work, device=self.device, dtype=self.dtype, recover=recover, bring_back=bring_back)
 
     # ---------------------------------------------------------------------------------------------- planning
 
-    def plan_decode(
-        self,
-        shape: Sequence[int],
-        *,
-        budget_bytes: int | None = None,
-        ram_bytes: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Plan:
-        """How a latent of `shape` (b, z, t, h, w) would be decoded within `budget_bytes` of device memory.
+    def plan_decode(self, shape: Sequence[int], **options: Unpack[PlanOptions]) -> Plan:
+        """How a latent of `shape` (b, z, t, h, w) would be decoded; `PlanOptions` says what can be given.
 
-        The fastest exact plan that fits; where none does, the one with the least memory, with `fits` False.
-        ram_bytes: what may wait in RAM between tiles; no limit, if not given. dtype: the model's, if not
-        given. device: where it will run; if not given, where the weights lie, or an accelerator if they lie in RAM
-        and there is one. Weights are not counted. Raises ValueError for a wrong shape or budget.
+        The fastest exact plan that fits; where none does, the one with the least memory, with `fits` False. Weights are
+        not counted. Raises ValueError for a wrong shape or budget.
         """
-        return self._plan(shape, "decode", budget_bytes, ram_bytes, dtype, device)
+        return self._plan(shape, "decode", options)
 
-    def plan_encode(
-        self,
-        shape: Sequence[int],
-        *,
-        budget_bytes: int | None = None,
-        ram_bytes: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Plan:
+    def plan_encode(self, shape: Sequence[int], **options: Unpack[PlanOptions]) -> Plan:
         """How a video of `shape` (b, 3, t, h, w) would be encoded, padded where needed; as `plan_decode`."""
-        return self._plan(shape, "encode", budget_bytes, ram_bytes, dtype, device)
+        return self._plan(shape, "encode", options)
 
-    def _plan(
-        self,
-        shape: Sequence[int],
-        direction: Direction,
-        budget_bytes: int | None,
-        ram_bytes: int | None,
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
-    ) -> Plan:
-        task = self._task(shape, direction, dtype)
-        budget = Budget(device=checked_bytes(budget_bytes, "budget_bytes"), ram=checked_bytes(ram_bytes, "ram_bytes"))
-        return choose(task, budget, on_cpu=self._on_cpu(device))
+    def _plan(self, shape: Sequence[int], direction: Direction, options: PlanOptions) -> Plan:
+        task, budget, on_cpu, rates = self._asked(shape, direction, options)
+        plan = choose(task, budget, on_cpu=on_cpu, rates=rates)
+        return required(plan, task, budget, on_cpu=on_cpu) if options.get("required", False) else plan
 
     def describe_plan(
-        self, plan: AnyPlan, shape: Sequence[int], direction: Direction, *, dtype: torch.dtype | None = None
+        self, plan: AnyPlan, shape: Sequence[int], direction: Direction, **options: Unpack[PlanOptions]
     ) -> Plan:
         """What running by `plan` means for a latent ("decode") or a video ("encode") of `shape`."""
-        return describe(self._task(shape, direction, dtype), plan, Budget())
+        task, budget, _, rates = self._asked(shape, direction, options)
+        return describe(task, plan, budget, rates)
 
     def smaller_plan(
-        self,
-        plan: AnyPlan,
-        shape: Sequence[int],
-        direction: Direction,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> TilePlan | None:
-        """The next exact plan that needs clearly less memory than `plan`, or None; for `recover` of `decode`.
+        self, plan: AnyPlan, shape: Sequence[int], direction: Direction, **options: Unpack[PlanOptions]
+    ) -> AnyPlan:
+        """The next plan that needs clearly less device memory than `plan`, or None; for `recover` of `decode`.
 
-        shape: of the latent for direction "decode", of the video for "encode". dtype, device: as in `plan_decode`.
+        shape: of the latent for direction "decode", of the video for "encode". Other arguments as in `plan_decode`.
         """
-        return smaller(self._task(shape, direction, dtype), plan, on_cpu=self._on_cpu(device))
+        task, budget, on_cpu, rates = self._asked(shape, direction, options)
+        return smaller(task, plan, budget, on_cpu=on_cpu, rates=rates)
+
+    def _asked(
+        self, shape: Sequence[int], direction: Direction, options: PlanOptions
+    ) -> tuple[Task, Budget, bool, Rates]:
+        """What a plan is asked for: the work, the memory, whether on a CPU, and how fast."""
+        budget = Budget(
+            device=checked_bytes(options.get("budget_bytes"), "budget_bytes"),
+            ram=checked_bytes(options.get("ram_bytes"), "ram_bytes"),
+            margin=options.get("margin", MARGIN),
+            blended=options.get("blended", False),
+        )
+        where, dtype = torch.device(options.get("device") or self._runs_on()), options.get("dtype") or self.dtype
+        rates = options.get("rates") or (rates_of(where, dtype) if where == self.device else nominal(where))
+        return self._task(shape, direction, dtype), budget, where.type == "cpu", rates
 
     def decode_bytes(
         self,
@@ -329,7 +350,7 @@ class VideoVAE:
         """
         latents = _LONG if frames is None else self._compression.latent_frames(frames)
         shape = (1, self.model.config.latent_channels, latents, height, width)
-        return device_bytes(self._task(shape, "decode", dtype), plan)
+        return device_bytes(self._task(shape, "decode", dtype or self.dtype), plan)
 
     def encode_bytes(
         self,
@@ -342,19 +363,20 @@ class VideoVAE:
     ) -> int:
         """As `decode_bytes`, while encoding one clip of height x width pixels."""
         frames = self._compression.pixel_frames(_LONG) if frames is None else frames
-        return device_bytes(self._task((1, 3, frames, height, width), "encode", dtype), plan)
+        return device_bytes(self._task((1, 3, frames, height, width), "encode", dtype or self.dtype), plan)
 
     @property
     def _compression(self) -> Compression:
         return self.model.family.compression
 
-    def _on_cpu(self, device: torch.device | str | None) -> bool:
-        if device is not None:
-            return torch.device(device).type == "cpu"
-        accelerated = torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()
-        return self.device.type == "cpu" and not accelerated
+    def _runs_on(self) -> str:
+        """Where weights that lie in RAM will run, as far as one can tell."""
+        if self.device.type != "cpu":
+            return str(self.device)
+        places = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+        return next((name for name, place in places.items() if place.is_available()), "cpu")
 
-    def _task(self, shape: Sequence[int], direction: Direction, dtype: torch.dtype | None) -> Task:
+    def _task(self, shape: Sequence[int], direction: Direction, dtype: torch.dtype) -> Task:
         model, decoding = self.model, direction == "decode"
         channels = model.config.latent_channels if decoding else 3
         if len(shape) != 5 or shape[1] != channels or min(shape) < 1 or any(n % 1 for n in shape):
@@ -368,7 +390,7 @@ class VideoVAE:
             family=model.family,
             config=model.config,
             halves=model.halves,
-            dtype=dtype or self.dtype,
+            dtype=dtype,
             direction=direction,
             batch=batch,
             latents=frames if decoding else self._compression.latent_frames(frames),
@@ -384,6 +406,7 @@ class VideoVAE:
             check_whole(frames, height, width, self._compression)
 
 
+AUTOMATIC_SHARE = 0.85  # of the free memory of a GPU; the rest is for the screen, and what cannot be foreseen
 _LONG = 100  # latents; no chunk is longer
 
 

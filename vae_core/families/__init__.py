@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .cv_vae import CV_VAE, CV_VAE_SD3
-from .family import DIRECTIONS, Compression, Direction, Family, Network, Scaling, Shapes, Windows
+from .family import DIRECTIONS, Compression, Direction, Family, Network, Shapes, Windows
 from .image_vae import IMAGE_VAE
 from .iv_vae import IV_VAE
 
@@ -17,8 +17,6 @@ __all__ = [
     "Direction",
     "Family",
     "Network",
-    "Scaling",
-    "Shapes",
     "Windows",
     "family_of",
     "recognize",

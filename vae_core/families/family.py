@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_not
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ Direction = Literal["encode", "decode"]
 DIRECTIONS: tuple[Direction, Direction] = ("encode", "decode")
 HALVES: dict[Direction, str] = {"encode": "encoder", "decode": "decoder"}
 Shapes = Mapping[str, tuple[int, ...]]
+Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]  # patterns, and what takes their place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,14 @@ class Windows:
     def count(self, frames: int) -> int:
         """Chunks of a clip of `frames` frames."""
         return 1 + max(0, -(-(frames - self.first) // self.step))
+
+    def before(self, frame: int) -> int:
+        """Chunks that end before a frame."""
+        return 0 if frame < self.first else 1 + (frame - self.first) // self.step
+
+    def until(self, chunks: int) -> int:
+        """Frames of the first chunks."""
+        return 0 if chunks == 0 else self.first + (chunks - 1) * self.step
 
     def cut(self, clip: Tensor) -> list[Tensor]:
         """The chunks of a whole clip (b, c, t, h, w); the last may be shorter."""
@@ -98,8 +106,7 @@ class Network(nn.Module):
                 "file that has one."
             )
         layers = list(self.modules())
-        known = self._steps.get(direction)
-        if known is None or len(known[0]) != len(layers) or any(map(is_not, known[0], layers)):
+        if direction not in self._steps or self._steps[direction][0] != layers:
             self._steps[direction] = layers, self.way(direction)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,10 +168,6 @@ def _known(name: str) -> Family:
     return FAMILIES[name]
 
 
-def _nothing(config: Any) -> dict[str, float]:
-    return {}
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
     """One kind of VAE.
@@ -175,7 +178,7 @@ class Family:
     configure: the config that official shapes imply, with what a file says of itself; raises KeyError or IndexError
     where a tensor is missing, ValueError for impossible widths. told: what a file should say of itself.
     build: the network of a config with these halves, on the current default device. official: name and shape of our
-    tensor in the official program. scaling, widths: of a config; the latter in words.
+    tensor in the official program. widths: of a config, in words.
     scaled: whether the latents that the VAE gives and takes are scaled; else the sampler's model scales them.
     clamp: of logvar where latents are drawn. reference_tiles: whether the official program cuts frames and blends them.
     """
@@ -188,10 +191,9 @@ class Family:
     configure: Callable[[Shapes, Mapping[str, float]], Any]
     build: Callable[[Any, Sequence[Direction]], Network]
     official: Callable[[Any, str, tuple[int, ...]], tuple[str, tuple[int, ...]]]
-    scaling: Callable[[Any], Scaling]
     widths: Callable[[Any], str]
     modernize: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
-    told: Callable[[Any], dict[str, float]] = _nothing
+    told: Callable[[Any], dict[str, float]] = lambda config: {}
     scaled: bool = False
     clamp: tuple[float, float] | None = None
     reference_tiles: bool = False
@@ -203,15 +205,17 @@ class Family:
         """How a clip is cut in time."""
         return self.frames if direction == "encode" else self.latents
 
+    def scaling(self, config: Any) -> Scaling:
+        """That of the latents of a config."""
+        return Scaling(scale=config.scale_factor, shift=config.shift_factor)
+
     def from_network(self, config: Any, latent: Tensor) -> Tensor:
         """The latent that the VAE gives for one of its network."""
-        scaling = self.scaling(config)
-        return scaling.scale * (latent - scaling.shift) if self.scaled else latent
+        return config.scale_factor * (latent - config.shift_factor) if self.scaled else latent
 
     def to_network(self, config: Any, latent: Tensor) -> Tensor:
         """What the network decodes for a latent that the VAE is given."""
-        scaling = self.scaling(config)
-        return latent / scaling.scale + scaling.shift if self.scaled else latent
+        return latent / config.scale_factor + config.shift_factor if self.scaled else latent
 
     def network(self, config: Any, halves: Sequence[Direction] = DIRECTIONS) -> Network:
         """The network of a config, freshly drawn, on the current default device."""
@@ -248,7 +252,7 @@ def _has(shapes: Shapes, name: str, axes: int) -> bool:
     return len(shape) == axes and 0 not in shape
 
 
-def substituted(name: str, rules: Sequence[tuple[str, str]]) -> str:
+def substituted(name: str, rules: Rules) -> str:
     """`name` after every (pattern, replacement), one after another."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)

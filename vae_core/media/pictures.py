@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..atomic import atomic_write, remove
+from ..door.output import to_uint8
 from ..errors import VideoError
-from ..run.output import to_uint8
 from .opening import reason
 from .pixels import FromRGB
 from .writer import checked

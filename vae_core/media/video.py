@@ -21,8 +21,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
+from ..door.output import to_uint8
 from ..errors import VideoError
-from ..run.output import to_uint8
 from . import animation
 from .codecs import OUTPUT_SUFFIXES, Codec, Container, check_output_name
 from .hdr import GAMUTS, TRANSFERS

@@ -21,10 +21,10 @@ from torch import Tensor
 from .clip import clip_of, empty, frames_of, laid_out, memory_format
 
 Backend = Literal["conv3d", "taps"]
+BACKENDS: tuple[Backend, Backend] = ("conv3d", "taps")
 Triple = tuple[int, int, int]
 Pair = tuple[int, int]
 
-LIMIT = 2**31 - 1  # elements of one tensor that convolutions of GPU libraries can count
 SLOWER = 1.15  # conv3d may take this much longer than taps, which copies its input
 LARGER = 3.0  # conv3d may need this much more memory than taps
 FARTHEST = 0.05  # from the exact result, in units of its standard deviation; bfloat16 stays below a fifth of it
@@ -124,28 +124,23 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
 def decide(measure: Callable[[Backend], Cost]) -> tuple[Backend, str]:
     """The better backend by what `measure` finds, and why. A measurement may raise RuntimeError: that one is unfit."""
     found: dict[Backend, Cost] = {}
-    failed: dict[Backend, str] = {}
-    backends: tuple[Backend, ...] = ("conv3d", "taps")
-    for backend in backends:
+    why: list[str] = []
+    for backend in BACKENDS:
         try:
-            found[backend] = cost = measure(backend)
+            cost = measure(backend)
         except torch.cuda.OutOfMemoryError:  # says nothing about the backend, and must not be remembered
             raise
         except RuntimeError as error:
-            failed[backend] = f"{backend} fails ({error})"
+            why.append(f"{backend} fails ({error})")
+            continue
+        if cost.error <= FARTHEST:
+            found[backend] = cost
+            why.append(f"{backend} {cost.seconds * 1e3:.2f} ms and {cost.nbytes / 2**20:.0f} MiB")
         else:
-            if not cost.error <= FARTHEST:
-                failed[backend] = f"{backend} is wrong by {cost.error:.1e} standard deviations"
-    why = [
-        failed.get(name) or f"{name} {found[name].seconds * 1e3:.2f} ms and {found[name].nbytes / 2**20:.0f} MiB"
-        for name in backends
-    ]
-    if failed:
-        chosen: Backend = "taps" if "conv3d" in failed and "taps" not in failed else "conv3d"
-        return chosen, ", ".join(why)
-    own, taps = found["conv3d"], found["taps"]
-    fit = own.seconds <= SLOWER * taps.seconds and own.nbytes <= LARGER * taps.nbytes
-    return ("conv3d" if fit else "taps"), ", ".join(why)
+            why.append(f"{backend} is wrong by {cost.error:.1e} standard deviations")
+    own, taps = found.get("conv3d"), found.get("taps")
+    better = taps and (not own or own.seconds > SLOWER * taps.seconds or own.nbytes > LARGER * taps.nbytes)
+    return ("taps" if better else "conv3d"), ", ".join(why)
 
 
 def measure(backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = PROBE) -> Cost:

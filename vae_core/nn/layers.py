@@ -14,7 +14,7 @@ from .clip import Clip, frames_of
 from .convolution import convolve_frames, enlarge_frames
 from .norm import Activation, summed
 from .operators import attention, gather
-from .region import Border, Padding, Reach
+from .region import ENLARGE, Padding, Reach
 from .steps import Context, Layer
 
 SpacePadding = Literal["zeros", "replicate"]
@@ -75,30 +75,31 @@ class FrameConv(nn.Conv2d, Layer):
     def forward(self, clip: Clip, at: Context, activation: Activation | None = None) -> Clip:  # type: ignore[override]
         """(b, width_in, t, h, w) to (b, width_out, t, h, w), or half of that with a stride of 2."""
         x, _, own = conv_input(clip, at, activation, self.reach)
+        return Clip([self.frames(x, own, plain=at.plain)])
+
+    def frames(self, x: Tensor, padding: tuple[int, int], *, plain: bool) -> Tensor:
+        """What it gives for frames whose other padding is there already."""
         stride = self.stride[0], self.stride[1]
-        return Clip([convolve_frames(x, self.weight, self.bias, stride=stride, padding=own, plain=at.plain)])
+        return convolve_frames(x, self.weight, self.bias, stride=stride, padding=padding, plain=plain)
 
 
 class FrameEnlarge(nn.Conv2d, Layer):
     """Nearest x2 and a 3x3 convolution with zeros around the frame, as one transposed convolution."""
 
+    reach = ENLARGE
+
     def __init__(self, width_in: int, width_out: int) -> None:
         nn.Conv2d.__init__(self, width_in, width_out, 3, padding=1)
 
     def forward(self, clip: Clip, at: Context, activation: Activation | None = None) -> Clip:  # type: ignore[override]
-        """(b, width_in, t, h, w) to (b, width_out, t, 2h, 2w)."""
+        """(b, width_in, t, h, w) to (b, width_out, t, 2h, 2w), less what a side inside the frame cannot give."""
         kernel = at.kernel(self, "enlarging", lambda: summed(self.weight, enlarging_kernel))
-        return Clip([enlarge(clip.tensor(), kernel, self.bias, at.border)])
-
-
-def enlarge(x: Tensor, kernel: Tensor, bias: Tensor | None, border: Border) -> Tensor:
-    """Every frame twice as large, without the rows and columns that need a neighbour beyond a side inside the frame."""
-    top, bottom, left, right = border
-    rows, columns = (1 if first or last else 2 for first, last in ((top, bottom), (left, right)))
-    y = enlarge_frames(x, kernel, bias, padding=(rows, columns))
-    height, width = y.shape[-2:]
-    y0, y1 = int(rows == 1 and not top), height - int(rows == 1 and not bottom)
-    return y[..., y0:y1, int(columns == 1 and not left) : width - int(columns == 1 and not right)]
+        top, bottom, left, right = at.border
+        rows, columns = (1 if first or last else 2 for first, last in ((top, bottom), (left, right)))
+        y = enlarge_frames(clip.tensor(), kernel, self.bias, padding=(rows, columns))
+        height, width = y.shape[-2:]
+        y0, y1 = int(rows == 1 and not top), height - int(rows == 1 and not bottom)
+        return Clip([y[..., y0:y1, int(columns == 1 and not left) : width - int(columns == 1 and not right)]])
 
 
 def enlarging_kernel(weight: Tensor) -> Tensor:
@@ -116,23 +117,32 @@ def neighbouring_taps(weight: Tensor) -> Tensor:
     return sums.view(*weight.shape[:-2], 4, 4)
 
 
-class FrameAttention(Layer):
-    """Group norm and attention with one head over the positions of each frame, plus the input."""
+class Attention(nn.Module):
+    """A norm and attention with one head over positions, without a residual."""
+
+    def __init__(self, width: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.q, self.k, self.v, self.proj_out = (nn.Linear(width, width) for _ in range(4))
+
+    def attend(self, y: Tensor, *, plain: bool) -> Tensor:
+        """(batch, positions, width), after the norm, to the same."""
+        return self.proj_out(attention(self.q(y), self.k(y), self.v(y), plain=plain))
+
+
+class FrameAttention(Attention, Layer):
+    """Group norm and attention over the positions of each frame, plus the input."""
+
+    whole = True
 
     def __init__(self, width: int, *, groups: int, eps: float) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=eps)
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.proj_out = nn.Linear(width, width)
+        super().__init__(width, nn.GroupNorm(groups, width, eps=eps))
 
     def forward(self, clip: Clip, at: Context, activation: Activation | None = None) -> Clip:
         """(b, width, t, h, w) to the same."""
         x = clip.tensor()
         b, _, _, height, width = x.shape
-        y = rearrange(self.norm(frames_of(x)), "n c h w -> n (h w) c")
-        y = self.proj_out(attention(self.q(y), self.k(y), self.v(y), plain=at.plain))
+        y = self.attend(rearrange(self.norm(frames_of(x)), "n c h w -> n (h w) c"), plain=at.plain)
         return Clip([x + rearrange(self.over_time(y, b, at), "(b t) (h w) c -> b c t h w", b=b, h=height, w=width)])
 
     def over_time(self, y: Tensor, b: int, at: Context) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import norm
-from .clip import Clip, memory_format
+from .clip import Clip, empty
 from .norm import Activation, Moments, wide
 from .region import NO_PADDING, Padding
 
@@ -100,9 +100,7 @@ def _new_input(
     top, bottom, left, right = padding
     shape = (b, c, t + (front is not None), h + top + bottom, w + left + right)
     kept = (b, c, 1, h, w) if keep else (0, 0, 0, 0, 0)
-    form = memory_format(x.device)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
-    return out, torch.empty(kept, dtype=x.dtype, device=x.device, memory_format=form)
+    return empty(shape, x), empty(kept, x)
 
 
 def _gather(
@@ -180,8 +178,8 @@ def _group_moments(tensors: list[Tensor], groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _no_moments(tensors: list[Tensor], groups: int) -> tuple[Tensor, Tensor]:
-    empty = tensors[0].new_empty(tensors[0].shape[0], groups, dtype=wide(tensors[0].dtype))
-    return empty, torch.empty_like(empty)
+    mean = tensors[0].new_empty(tensors[0].shape[0], groups, dtype=wide(tensors[0].dtype))
+    return mean, torch.empty_like(mean)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

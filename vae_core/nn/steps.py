@@ -24,11 +24,12 @@ class Memory:
     """What streaming layers carry from one chunk to the next: one tensor per layer, under the layer's `slot`.
 
     One `Memory` serves one video (all rows of a batch together). A fresh one means "the next chunk is the first".
-    home: where the tensors wait; None is where they are made.
+    home: where the tensors wait; None is where they are made. claim: says of so many bytes whether they stay there.
     """
 
-    def __init__(self, home: torch.device | None = None) -> None:
+    def __init__(self, home: torch.device | None = None, claim: Callable[[int], bool] = lambda _: False) -> None:
         self.home = home
+        self._claim = claim
         self._frames: dict[str, Tensor] = {}
 
     def get(self, slot: str, device: torch.device) -> Tensor | None:
@@ -38,7 +39,9 @@ class Memory:
 
     def put(self, slot: str, frames: Tensor) -> None:
         """Replace what is kept under `slot`; it is never written to."""
-        self._frames[slot] = frames if self.home is None else frames.to(self.home)
+        held = self._frames.get(slot)
+        there = self._claim(frames.numel() * frames.element_size()) if held is None else held.device == frames.device
+        self._frames[slot] = frames if self.home is None or there else frames.to(self.home)
 
     def pop(self, slot: str) -> Tensor | None:
         """Forget what is kept under `slot`; it comes in RAM."""
@@ -101,10 +104,20 @@ class Context:
 
 
 class Layer(nn.Module):
-    """What a step runs: a clip, through a norm and SiLU where given, to a clip of which nobody else knows."""
+    """What a step runs: a clip, through a norm and SiLU where given, to a clip of which nobody else knows.
+
+    reach: what it sees. whole: whether it must see whole frames.
+    """
+
+    reach: Reach = POINT
+    whole: bool = False
 
     def forward(self, clip: Clip, at: Context, activation: Activation | None = None) -> Clip:
         raise NotImplementedError
+
+    def steps(self) -> list[Step]:
+        """It alone."""
+        return [Step(layer=self, whole=self.whole)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,11 +129,15 @@ class Step:
     """
 
     layer: Layer
-    reach: Reach = POINT
     norm: Norm | None = None
     keeps: bool = False
     adds: Layer | None = None
     whole: bool = False
+
+    @property
+    def reach(self) -> Reach:
+        """What it sees of its input."""
+        return self.layer.reach
 
     @property
     def waits(self) -> bool:
@@ -147,6 +164,34 @@ class Same(Layer):
 
     def forward(self, clip: Clip, at: Context, activation: Activation | None = None) -> Clip:
         return clip
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU and a convolution, twice, plus the input. whole: where it must see whole frames."""
+
+    def __init__(
+        self, norms: tuple[Norm, Norm], convolutions: tuple[Layer, Layer], shortcut: Layer | None, *, whole: bool
+    ) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = norms
+        self.conv1, self.conv2 = convolutions
+        self.shortcut = Same() if shortcut is None else shortcut
+        self.whole = whole
+
+    def steps(self) -> list[Step]:
+        return [
+            Step(layer=self.conv1, norm=self.norm1, keeps=True, whole=self.whole),
+            Step(layer=self.conv2, norm=self.norm2, adds=self.shortcut, whole=self.whole),
+        ]
+
+
+def steps_of(modules: Iterable[nn.Module]) -> list[Step]:
+    """The steps of layers and residual blocks, one after another."""
+    steps: list[Step] = []
+    for module in modules:
+        assert isinstance(module, (Layer, ResidualBlock))
+        steps += module.steps()
+    return steps
 
 
 def add(y: Clip, x: Clip, at: Context) -> Clip:

@@ -13,7 +13,6 @@ only where Triton is installed.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,56 +34,34 @@ def _base(pointer, line, frames, rows, s_b, s_t, s_r):
     return pointer + batch * s_b + frame * s_t + row * s_r
 
 
-@triton.jit
-def _activated(y, silu: tl.constexpr):
-    if silu:
-        y = y / (1.0 + tl.exp(-y))
-    return y
-
-
-@triton.jit(do_not_specialize=SIZES[:-1])
-def _rms_kernel(
-    x, gain, out, frames, rows, length, tiles, width,
-    x_b, x_c, x_t, x_r, x_p, out_b, out_c, out_t, out_r, out_p,
-    halves: tl.constexpr, silu: tl.constexpr, channels: tl.constexpr, positions: tl.constexpr,
-) -> None:  # fmt: skip
-    """One half of the channels at a few positions of one line."""
-    program = tl.program_id(0)
-    p = (program % tiles * positions + tl.arange(0, positions)).to(tl.int64)[None, :]
-    half = program // tiles % halves
-    line = program // tiles // halves
-    channel = tl.arange(0, channels)
-    mask = (channel < width)[:, None] & (p < length)
-    channel = half * width + channel
-    c = channel.to(tl.int64)[:, None]
-    values = tl.load(_base(x, line, frames, rows, x_b, x_t, x_r) + c * x_c + p * x_p, mask=mask, other=0.0)
-    values = values.to(tl.float32)
-    squares = tl.maximum(tl.sum(values * values, axis=0), EPS_SQUARED)
-    gains = tl.load(gain + channel, mask=channel < (half + 1) * width, other=0.0)
-    y = _activated(values * (1.0 / tl.sqrt(squares))[None, :] * gains[:, None], silu)
-    tl.store(_base(out, line, frames, rows, out_b, out_t, out_r) + c * out_c + p * out_p, y, mask=mask)
-
-
 @triton.jit(do_not_specialize=SIZES)
-def _group_kernel(
-    x, mean, scale, bias, out, frames, rows, length, tiles, blocks, width,
+def _norm_kernel(
+    x, mean, scale, bias, out, frames, rows, length, tiles, blocks, width, per_block, per_row,
     x_b, x_c, x_t, x_r, x_p, out_b, out_c, out_t, out_r, out_p,
-    silu: tl.constexpr, channels: tl.constexpr, positions: tl.constexpr,
+    rms: tl.constexpr, silu: tl.constexpr, channels: tl.constexpr, positions: tl.constexpr,
 ) -> None:  # fmt: skip
-    """SiLU of (x - mean) * scale + bias, which are per batch row and channel, at a few positions of one line."""
+    """A block of channels at a few positions of one line: with `rms` divided by their length, else less `mean`; then
+    times `scale`, plus `bias`, and SiLU. The three are read `per_row` further on for every batch row."""
     program = tl.program_id(0)
     p = (program % tiles * positions + tl.arange(0, positions)).to(tl.int64)[None, :]
-    channel = program // tiles % blocks * channels + tl.arange(0, channels)
+    own = tl.arange(0, channels)
+    channel = program // tiles % blocks * per_block + own
     line = program // tiles // blocks
-    inside = channel < width
+    inside = (own < per_block) & (channel < width)
     mask = inside[:, None] & (p < length)
     c = channel.to(tl.int64)[:, None]
     values = tl.load(_base(x, line, frames, rows, x_b, x_t, x_r) + c * x_c + p * x_p, mask=mask, other=0.0)
-    entry = line // rows // frames * width + channel
-    means = tl.load(mean + entry, mask=inside, other=0.0)[:, None]
+    values = values.to(tl.float32)
+    entry = line // rows // frames * per_row + channel
     scales = tl.load(scale + entry, mask=inside, other=0.0)[:, None]
-    biases = tl.load(bias + entry, mask=inside, other=0.0)[:, None]
-    y = _activated((values.to(tl.float32) - means) * scales + biases, silu)
+    if rms:
+        squares = tl.maximum(tl.sum(values * values, axis=0), EPS_SQUARED)
+        y = values * (1.0 / tl.sqrt(squares))[None, :] * scales
+    else:
+        means = tl.load(mean + entry, mask=inside, other=0.0)[:, None]
+        y = (values - means) * scales + tl.load(bias + entry, mask=inside, other=0.0)[:, None]
+    if silu:
+        y = y / (1.0 + tl.exp(-y))
     tl.store(_base(out, line, frames, rows, out_b, out_t, out_r) + c * out_c + p * out_p, y, mask=mask)
 
 
@@ -158,29 +135,39 @@ def _warps(tile: int) -> int:
 def rms_norm(x: Tensor, gain: Tensor, halves: int, silu: bool, out: Tensor) -> None:
     """`norm.rms_norm`; `out` may be `x`."""
     x, out = _lines(x, out)
-    b, c, frames, rows, length = x.shape
-    width = c // halves
+    width = x.shape[1] // halves
     channels = triton.next_power_of_2(width)
-    positions = min(max(TILE // channels, 16), 64, triton.next_power_of_2(length))
-    tiles = triton.cdiv(length, positions)
-    with torch.cuda.device_of(x):
-        _rms_kernel[(b * frames * rows * halves * tiles,)](
-            x, gain.float().contiguous(), out, frames, rows, length, tiles, width, *x.stride(), *out.stride(),
-            halves=halves, silu=silu, channels=channels, positions=positions, num_warps=_warps(channels * positions),
-        )  # fmt: skip
+    positions = min(max(TILE // channels, 16), 64, triton.next_power_of_2(x.shape[4]))
+    _run_norm(x, (gain, gain, gain), out, (channels, positions), blocks=halves, per_block=width, rms=True, silu=silu)
 
 
 def group_norm(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, silu: bool, out: Tensor) -> None:
     """`norm.group_norm`; `out` may be `x`."""
     x, out = _lines(x, out)
+    channels, positions = _tile(x, min(x.shape[1], 128))
+    blocks = triton.cdiv(x.shape[1], channels)
+    tile = channels, positions
+    _run_norm(x, (mean, scale, bias), out, tile, blocks=blocks, per_block=channels, rms=False, silu=silu)
+
+
+def _run_norm(
+    x: Tensor,
+    values: tuple[Tensor, ...],
+    out: Tensor,
+    tile: tuple[int, int],
+    *,
+    blocks: int,
+    per_block: int,
+    rms: bool,
+    silu: bool,
+) -> None:
     b, width, frames, rows, length = x.shape
-    channels, positions = _tile(x, min(width, 128))
-    tiles, blocks = triton.cdiv(length, positions), triton.cdiv(width, channels)
+    tiles = triton.cdiv(length, tile[1])
     with torch.cuda.device_of(x):
-        _group_kernel[(b * frames * rows * blocks * tiles,)](
-            x, *(v.float().contiguous() for v in (mean, scale, bias)), out, frames, rows, length, tiles, blocks, width,
-            *x.stride(), *out.stride(),
-            silu=silu, channels=channels, positions=positions, num_warps=_warps(channels * positions),
+        _norm_kernel[(b * frames * rows * blocks * tiles,)](
+            x, *(v.float().contiguous() for v in values), out, frames, rows, length, tiles, blocks, width, per_block,
+            0 if rms else width, *x.stride(), *out.stride(),
+            rms=rms, silu=silu, channels=tile[0], positions=tile[1], num_warps=_warps(tile[0] * tile[1]),
         )  # fmt: skip
 
 
@@ -205,23 +192,18 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
     """Run every kernel at widths that networks have; raises what fails, or ArithmeticError where numbers are wrong."""
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for width, layout in ((8, torch.contiguous_format), (64, torch.channels_last_3d), (512, torch.channels_last_3d)):
-        exact = torch.linspace(-3, 5, 2 * width * 3 * 4 * 5, device=device).view(2, width, 3, 4, 5)
-        x = exact.to(dtype).contiguous(memory_format=layout)
-        exact = x.float()
+        x = torch.linspace(-3, 5, 2 * width * 3 * 4 * 5, device=device).view(2, width, 3, 4, 5).to(dtype)
+        x = x.contiguous(memory_format=layout)
         gain = torch.linspace(1, 2, width, device=device)
         shift = torch.linspace(-1, 1, 2 * width, device=device).view(2, width)
-        normed, scaled = torch.empty_like(x), torch.empty_like(x)
-        rms_norm(x, gain, 2, True, normed)
-        group_norm(x, shift, shift + 2, shift, True, scaled)
-        mean, variance = norm.pool(*channel_moments(x), 4)
-        expected = F.normalize(exact.unflatten(1, (2, -1)), dim=2).flatten(1, 2) * gain.view(-1, 1, 1, 1)
-        values = exact.unflatten(1, (4, -1)).flatten(2)
-        per_channel = shift[..., None, None, None]
-        pairs = [
-            (normed, F.silu(expected)),
-            (scaled, F.silu((exact - per_channel) * (per_channel + 2) + per_channel)),
-            (mean, values.mean(2)),
-            (variance, values.var(2, correction=0)),
-        ]
-        if not all(torch.allclose(got.float(), right, rtol=tolerance, atol=tolerance) for got, right in pairs):
+        found: list[list[Tensor]] = []
+        for rms, group, moments in (
+            (rms_norm, group_norm, channel_moments),
+            (norm.rms_norm, norm.group_norm, norm.channel_moments),
+        ):
+            normed, scaled = torch.zeros_like(x), torch.zeros_like(x)
+            rms(x, gain, 2, True, normed)
+            group(x, shift, shift + 2, shift, True, scaled)
+            found.append([normed, scaled, *norm.pool(*moments(x), 4)])
+        if not all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(*found, strict=True)):
             raise ArithmeticError(f"the kernels compute wrong numbers for {width} channels")

@@ -17,22 +17,23 @@ from ..run.executor import Job, Pass, Segment
 from .profile import Profile
 
 META = torch.device("meta")
-PROBES: tuple[Size, Size] = ((32, 32), (64, 64))  # frames that are walked, in latents
+PROBES: tuple[Size, Size, Size] = ((32, 32), (64, 64), (32, 64))  # frames that are walked, in latents
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """What a run of steps, or a segment of whole frames, takes over a region of (height, width) pixels of its input.
 
-    area, edge: bytes that it holds at most in addition to its input, for each pixel and for each pixel of height plus
-    width. flops, moved: of each of its steps, for each pixel of output; bytes that operators read and write. scores:
-    FLOPs for each pair of input pixels, of attention. remembered: bytes that each step keeps for the next chunk, for
-    each pixel of its input. output: bytes of what it gives, for each pixel of that. largest: elements of the largest
-    tensor of a convolution, for each pixel.
+    area, edge, fixed: bytes that it holds at most in addition to its input, for each pixel, for each pixel of height
+    plus width, and whatever the size. flops, moved: of each of its steps, for each pixel of output; bytes that
+    operators read and write. scores: FLOPs for each pair of input pixels, of attention. remembered: bytes that each
+    step keeps for the next chunk, for each pixel of its input. output: bytes of what it gives, for each pixel of that.
+    largest: elements of the largest tensor of a convolution, for each pixel.
     """
 
     area: float
     edge: float
+    fixed: float
     flops: tuple[float, ...]
     moved: tuple[float, ...]
     scores: float
@@ -42,7 +43,7 @@ class Cost:
 
     def held(self, size: Size) -> float:
         """Bytes that it holds at most in addition to its input."""
-        return self.area * size[0] * size[1] + self.edge * (size[0] + size[1])
+        return self.area * size[0] * size[1] + self.edge * (size[0] + size[1]) + self.fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,11 @@ def footprint(
 ) -> Footprint:
     """Of one chunk of a clip of `latents` latents, one of the later ones where these are different."""
     network = meta_network(family, config, halves, dtype)
-    small, large = (_walked(network, dtype, direction, size, latents) for size in PROBES)
-    costs: list[tuple[Cost, ...]] = []
-    for one, two in zip(small.runs, large.runs, strict=True):
-        costs.append(tuple(_fitted(a, b) for a, b in zip(one, two, strict=True)))
+    small, large, wide = (_walked(network, dtype, direction, size, latents) for size in PROBES)
+    costs = [
+        tuple(_fitted(*seen) for seen in zip(*runs, strict=True))
+        for runs in zip(small.runs, large.runs, wide.runs, strict=True)
+    ]
     return Footprint(costs=tuple(costs), outputs=tuple(large.outputs), kernels=large.kernels)
 
 
@@ -117,7 +119,7 @@ class _Watched(Pass):
         height, width = progress.source.size
         self.outputs.append(progress.source.nbytes / (height * width))
 
-    def _regions(self, job: Job) -> list[list[Region]]:
+    def _regions(self, job: Job, *, first: bool) -> list[list[Region]]:
         return [job.segment.regions(track.core, self._latent) for track in self._tracks]  # no strips
 
     def _whole(self, job: Job) -> Clip:
@@ -182,15 +184,18 @@ def _walked(network: Network, dtype: torch.dtype, direction: Direction, size: Si
     return watched
 
 
-def _fitted(one: Seen, two: Seen) -> Cost:
-    """held = area * (height * width) + edge * (height + width); flops of whole frames = linear + scores * area^2."""
-    (a1, e1), (a2, e2) = ((h * w, h + w) for h, w in (one.size, two.size))
-    area = (two.held * e1 - one.held * e2) / (a2 * e1 - a1 * e2)
+def _fitted(one: Seen, two: Seen, three: Seen) -> Cost:
+    """held = area * height * width + edge * (height + width) + fixed; flops of a frame = linear + scores * area^2."""
+    (a1, e1), (a2, e2), (a3, e3) = ((h * w, h + w) for h, w in (one.size, two.size, three.size))
+    more, wider = two.held - one.held, three.held - one.held
+    area = (more * (e3 - e1) - wider * (e2 - e1)) / ((a2 - a1) * (e3 - e1) - (a3 - a1) * (e2 - e1))
+    edge = (more - area * (a2 - a1)) / (e2 - e1)
     scores = (sum(two.flops) / a2 - sum(one.flops) / a1) / (a2 - a1)
     linear = 1 - scores * a2 * a2 / max(1, sum(two.flops))
     return Cost(
         area=area,
-        edge=(two.held - area * a2) / e2,
+        edge=edge,
+        fixed=one.held - area * a1 - edge * e1,
         flops=tuple(linear * flops / out for flops, out in zip(two.flops, two.areas, strict=True)),
         moved=tuple(moved / out for moved, out in zip(two.moved, two.areas, strict=True)),
         scores=scores,

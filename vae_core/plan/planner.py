@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import TypedDict
 
-from ..run.tiling import AnyPlan, ReferencePlan, TilePlan
-from .prediction import Need, Task, predict
+import torch
 
-MARGIN = 1.25  # what an allocator's slack and the workspaces of kernels add to live tensors, by published accounts
+from ..errors import BudgetError
+from ..run.tiling import AnyPlan, ReferencePlan, StripPlan, TilePlan
+from .prediction import MARGIN, Task, predict
+from .rates import NOMINAL, Rates
+
 SIDES = (128, 96, 64, 48, 32, 24, 16, 12, 8)  # sides of square tiles that are tried, in latents
-STRIPS = (2, 3, 4, 6, 8, 12, 16)  # full-width strips that are tried
+ROWS = (2, 3, 4, 6, 8, 12, 16)  # full-width tiles that are tried
+STRIPS = (4, 8, 16, 32, 64)  # numbers of strips that are tried
+AGAIN = (0, 1, 2)  # of the largest activations, that are computed again
+BLENDED = (576, 432, 288, 216, 144, 72)  # sides of official tiles that are tried, in pixels
 LARGEST_CONVOLUTION = 2**31 - 1  # elements; above, GPU libraries leave their fast and safe paths
 SLACK = 1.1  # the part of MARGIN that stays once a device was measured: what an allocator loses between its blocks
 LEAST_MEASURED = 2**28  # bytes; below, workspaces of a fixed size say nothing about larger frames
 CLEARLY_LESS = 0.85  # of the memory of a plan that failed is what the next one may need
+GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bytes that may be taken of the device and of RAM; None is no limit."""
+    """Bytes that may be taken of the device and of RAM; None is no limit.
+
+    margin: what allocators and kernels add to live tensors that come and go. blended: whether tiles that are not exact
+    may be taken where nothing else fits.
+    """
 
     device: int | None = None
     ram: int | None = None
+    margin: float = MARGIN
+    blended: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """What a device does in a second: FLOPs of convolutions, bytes of its own memory, bytes between it and RAM."""
+class PlanOptions(TypedDict, total=False):
+    """What a plan can be asked for.
 
-    flops: float
-    memory: float
-    bus: float
+    budget_bytes: of device memory, without weights, ram_bytes: of RAM for what waits off the device; no limit, if not
+    given. required: raise BudgetError where nothing fits, with the smallest budget that would do. blended: take the
+    official tiles, which are not exact, where nothing exact fits. dtype: the model's, if not given. device: where it
+    will run; if not given, where the weights lie, or an accelerator if they lie in RAM and there is one. margin: of
+    what an allocator takes on top. rates: how fast the device is; measured or guessed, if not given.
+    """
 
-    def seconds(self, need: Need) -> float:
-        """How long something takes that needs so much."""
-        return max(need.flops / self.flops, need.moved / self.memory) + need.bus / self.bus
-
-
-NOMINAL = Rates(flops=60e12, memory=450e9, bus=8e9)  # a card of the middle class, and RAM that is not page-locked
+    budget_bytes: int | None
+    ram_bytes: int | None
+    required: bool
+    blended: bool
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    margin: float
+    rates: Rates | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +66,27 @@ class Plan:
 
     tiles: what to hand to `decode` or `encode` as `plan`; None for whole frames.
     chunks: how many run in time, one after another. tile_count: tiles of a chunk, 1 for whole frames.
-    device_bytes: peak on the device, without weights, with what is kept from chunk to chunk, and with a margin on top
-    for what an allocator and kernels take: MARGIN, unless `with_margin` put another in its place.
-    host_bytes: RAM for what waits between tiles off the device.
+    device_bytes: peak on the device, without weights, with what is kept from chunk to chunk: waiting_bytes, and
+    working_bytes with a margin on top for what an allocator and kernels take.
+    waiting_bytes: of what waits between steps in memory of its own. working_bytes: of live tensors that come and go.
+    host_bytes: RAM for what waits off the device.
+    transfer_bytes: between device and RAM, both ways, for the whole clip.
+    seconds: how long the whole clip takes, on the device that it was planned for.
     result_bytes: the whole result in the network's number format, for those who keep it whole.
     exact: whether the result is that of whole frames (to rounding).
     fits: whether device_bytes, and host_bytes where RAM is limited, stay within the budget; True without one.
-    halo_overhead: extra work because tiles overlap; 0.12 is 12 %.
+    halo_overhead: extra work because tiles overlap or are computed again; 0.12 is 12 %.
     """
 
     tiles: AnyPlan
     chunks: int
     tile_count: int
     device_bytes: int
+    waiting_bytes: int
+    working_bytes: int
     host_bytes: int
+    transfer_bytes: int
+    seconds: float
     result_bytes: int
     exact: bool
     fits: bool
@@ -72,10 +98,10 @@ class Plan:
         fits = "" if self.fits else " This does not fit the budget; no smaller way is known."
         return "\n".join(
             (
-                f"{self._how()}; {chunks}.",
+                f"{self._how()}; {chunks}; about {_time(self.seconds)}.",
                 f"Device memory: about {_size(self.device_bytes)} in addition to the weights.{fits}",
                 f"RAM: {self._ram()}.",
-                f"Result: {self._exact()}. Extra work for halos: {100 * self.halo_overhead:.0f} %.",
+                f"Result: {self._exact()}. Extra work: {100 * self.halo_overhead:.0f} %.",
             )
         )
 
@@ -89,13 +115,21 @@ class Plan:
 
     def _ram(self) -> str:
         result = f"{_size(self.result_bytes)} for the result where it is kept whole"
-        return f"about {_size(self.host_bytes)} while it runs, {result}" if self.host_bytes else f"about {result}"
+        if not self.host_bytes:
+            return f"about {result}"
+        moved = f"{_size(self.transfer_bytes)} go to and fro"
+        return f"about {_size(self.host_bytes)} while it runs ({moved}), {result}"
 
     def _how(self) -> str:
         if self.tiles is None:
             return "Whole frames"
         if isinstance(self.tiles, ReferencePlan):
             return f"Official tiles of {self.tiles.tile_px} px, {self.tile_count} per chunk"
+        if isinstance(self.tiles, StripPlan):
+            where = "" if self.tiles.room is None else ", and the rest of it in RAM"
+            again = ", the largest activations computed again" if self.tiles.again else ""
+            waits = f"{_size(self.waiting_bytes)} of what waits on the device{where}{again}"
+            return f"Whole frames step by step, in up to {self.tiles.strips} strips, {waits}"
         height, width = self.tiles.sides
         waits = ", with what waits between tiles in RAM" if self.tiles.offload else ""
         if width is None:
@@ -107,86 +141,149 @@ class Plan:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
-def tile_plans(task: Task, *, on_cpu: bool) -> list[TilePlan]:
-    """Exact strips and tiles for frames of this size, the fastest first."""
-    height, width = task.size
-    rows = sorted({-(-height // n) for n in STRIPS} - {height})
-    sides = [side for side in SIDES if side < max(height, width)]
-    places = (False,) if on_cpu else (False, True)
-    plans = [TilePlan(tile=tile, offload=place) for tile in (*((n, None) for n in rows), *sides) for place in places]
-    return sorted(plans, key=lambda plan: (NOMINAL.seconds(predict(task, plan)), plan.count(task.size)))
+def _time(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def device_bytes(task: Task, tiles: AnyPlan) -> int:
+def exact_plans(task: Task, budget: Budget, *, on_cpu: bool) -> Iterator[AnyPlan]:
+    """Exact ways to run, which keep as much on the device as the budget allows; a CPU has no other place."""
+    yield None
+    streams = task.streams
+    pairs: list[tuple[TilePlan | StripPlan, TilePlan | StripPlan]] = []  # all that waits on the device, or nothing
+    if streams:
+        height, width = task.size
+        rows = sorted({-(-height // n) for n in ROWS} - {height})
+        sides = [(side, side) for side in SIDES if side < max(height, width)]
+        tiles = [*((n, None) for n in rows), *sides]
+        pairs = [(TilePlan(tile=tile), TilePlan(tile=tile, offload=True)) for tile in tiles]
+    else:
+        ways = [(n, again) for again in AGAIN for n in STRIPS]
+        pairs = [(StripPlan(strips=n, again=m), StripPlan(strips=n, again=m, room=0)) for n, m in ways]
+    for here, away in pairs:
+        yield here
+        if not on_cpu and budget.device is not None and device_bytes(task, here, budget.margin) > budget.device:
+            room = max(0, budget.device - device_bytes(task, away, budget.margin))
+            yield replace(away, resident=room) if isinstance(away, TilePlan) else replace(away, room=room)
+
+
+def device_bytes(task: Task, tiles: AnyPlan, margin: float = MARGIN) -> int:
     """Predicted peak of one chunk on the device, margin included, without weights."""
-    return ceil(MARGIN * predict(task, tiles).device)
+    need = predict(task, tiles)
+    return need.waiting + ceil(margin * need.working)
 
 
-def measured_margin(in_use: int, predicted: int) -> float | None:
+def measured_margin(in_use: int, plan: Plan) -> float | None:
     """What to multiply predictions by, in place of MARGIN, once a chunk has run.
 
     in_use: most bytes that the device's allocator had given out while it ran, beyond those from before; workspaces of
-    kernels are in them. predicted: live tensors, without a margin. None where the chunk is too small to say.
+    kernels are in them. None where the chunk is too small to say.
     """
-    return SLACK * max(1.0, in_use / predicted) if predicted >= LEAST_MEASURED else None
+    if plan.working_bytes < LEAST_MEASURED:
+        return None
+    return SLACK * max(1.0, (in_use - plan.waiting_bytes) / plan.working_bytes)
 
 
-def budget_for(budget_bytes: int, margin: float) -> int:
-    """The budget by which `plan_decode` and `plan_encode` keep within `budget_bytes` at this margin, not MARGIN."""
-    return max(1, int(budget_bytes * MARGIN / margin))
+def choose(task: Task, budget: Budget, *, on_cpu: bool, rates: Rates = NOMINAL) -> Plan:
+    """The fastest exact plan that fits, or else, where that is allowed, blended tiles; the one with the least device
+    memory where none does."""
+    plans = list(exact_plans(task, budget, on_cpu=on_cpu))
+    fitting = [tiles for tiles in plans if _fits(task, tiles, budget) and (on_cpu or _sound(task, tiles))]
+    if not fitting and budget.blended and task.family.reference_tiles:
+        fitting = [tiles for tiles in map(ReferencePlan, BLENDED) if _fits(task, tiles, budget)][:1]
+    best = min(
+        fitting or plans,
+        key=lambda tiles: (
+            0 if fitting else device_bytes(task, tiles, budget.margin),
+            rates.seconds(predict(task, tiles)),
+            tile_count(task, tiles),
+        ),
+    )
+    return describe(task, best, budget, rates)
 
 
-def with_margin(plan: Plan, margin: float) -> Plan:
-    """A plan made with MARGIN, as it is at another margin."""
-    return replace(plan, device_bytes=ceil(plan.device_bytes / MARGIN * margin))
-
-
-def choose(task: Task, budget: Budget, *, on_cpu: bool) -> Plan:
-    """The fastest plan that fits; the one with the least device memory where none does."""
-    plans: list[AnyPlan] = [None, *tile_plans(task, on_cpu=on_cpu)]
-    for tiles in plans:
-        sound = on_cpu or predict(task, tiles).largest_convolution <= LARGEST_CONVOLUTION
-        if sound and _fits(task, tiles, budget):
-            return describe(task, tiles, budget)
-    return describe(task, min(plans, key=lambda tiles: device_bytes(task, tiles)), budget)
+def _sound(task: Task, tiles: AnyPlan) -> bool:
+    return predict(task, tiles).largest_convolution <= LARGEST_CONVOLUTION
 
 
 def _fits(task: Task, tiles: AnyPlan, budget: Budget) -> bool:
-    device = budget.device is None or device_bytes(task, tiles) <= budget.device
+    device = budget.device is None or device_bytes(task, tiles, budget.margin) <= budget.device
     return device and (budget.ram is None or predict(task, tiles).host <= budget.ram)
 
 
-def smaller(task: Task, tiles: AnyPlan, *, on_cpu: bool) -> TilePlan | None:
-    """The fastest plan that needs clearly less memory than `tiles`; None where there is none."""
-    limit = CLEARLY_LESS * device_bytes(task, tiles)
-    return next((plan for plan in tile_plans(task, on_cpu=on_cpu) if device_bytes(task, plan) <= limit), None)
+def smallest_budget(task: Task, budget: Budget, *, on_cpu: bool) -> int:
+    """The least bytes of device memory for which there is an exact plan, with RAM as in `budget`."""
+    least = replace(budget, device=1, blended=False)
+
+    def needed(tiles: AnyPlan) -> int:
+        missing = 0 if least.ram is None else max(0, predict(task, tiles).host - least.ram)
+        return device_bytes(task, tiles, least.margin) + missing
+
+    count = min(map(needed, exact_plans(task, least, on_cpu=on_cpu)))
+    while not choose(task, replace(least, device=count), on_cpu=on_cpu).fits:
+        count += count // 50 + 1
+    return count
 
 
-def describe(task: Task, tiles: AnyPlan, budget: Budget) -> Plan:
+def required(plan: Plan, task: Task, budget: Budget, *, on_cpu: bool) -> Plan:
+    """The plan, where it fits. Raises BudgetError otherwise, which names the smallest budget that would do."""
+    if plan.fits:
+        return plan
+    assert budget.device is not None or budget.ram is not None
+    height, width = (n * task.family.compression.space for n in task.size)
+    ram = "" if budget.ram is None else f" and {_size(budget.ram)} of RAM"
+    allowed = "any amount" if budget.device is None else _size(budget.device)
+    blended = task.family.reference_tiles and not budget.blended
+    least = ceil(10 * smallest_budget(task, budget, on_cpu=on_cpu) / GIB) / 10
+    raise BudgetError(
+        f"To {task.direction} {width}x{height} with {task.family.id} does not fit {allowed} of device memory{ram}: "
+        f"the smallest budget in which it can be done exactly is {least:g} GiB. Give that, or smaller frames"
+        f"{', or the tiling exact, else blended' if blended else ''}."
+    )
+
+
+def smaller(task: Task, tiles: AnyPlan, budget: Budget, *, on_cpu: bool, rates: Rates = NOMINAL) -> AnyPlan:
+    """The fastest plan that needs clearly less memory than `tiles`; None where there is none.
+
+    Exact ones first; after them, where the budget allows it, blended ones.
+    """
+    limit = int(CLEARLY_LESS * device_bytes(task, tiles, budget.margin))
+    plan = choose(task, replace(budget, device=limit), on_cpu=on_cpu, rates=rates)
+    return plan.tiles if plan.fits else None
+
+
+def describe(task: Task, tiles: AnyPlan, budget: Budget, rates: Rates = NOMINAL) -> Plan:
     """What running by `tiles` means."""
-    need = predict(task, tiles)
+    need, whole = predict(task, tiles), predict(task, None)
     count = tile_count(task, tiles)
     return Plan(
         tiles=tiles,
         chunks=task.chunks,
         tile_count=count,
-        device_bytes=device_bytes(task, tiles),
+        device_bytes=device_bytes(task, tiles, budget.margin),
+        waiting_bytes=need.waiting,
+        working_bytes=need.working,
         host_bytes=need.host,
+        transfer_bytes=int(task.chunks * need.work.bus),
+        seconds=task.chunks * rates.seconds(need),
         result_bytes=task.result_bytes,
         exact=not isinstance(tiles, ReferencePlan) or count == 1,
         fits=_fits(task, tiles, budget),
-        halo_overhead=max(0.0, need.flops / predict(task, None).flops - 1) if isinstance(tiles, TilePlan) else 0.0,
+        halo_overhead=0.0 if isinstance(tiles, ReferencePlan) else max(0.0, need.work.flops / whole.work.flops - 1),
         latent_px=task.family.compression.space,
     )
 
 
 def tile_count(task: Task, tiles: AnyPlan) -> int:
-    """Tiles of a frame."""
+    """Tiles of a frame, or the most strips of it."""
     if tiles is None:
         return 1
+    if isinstance(tiles, StripPlan):
+        return tiles.strips
     if isinstance(tiles, TilePlan):
         return tiles.count(task.size)
     counts = [len(tiles.latents.spans(n)) for n in task.size]

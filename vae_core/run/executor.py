@@ -20,8 +20,8 @@ from ..families import Direction, Network
 from ..nn.clip import Clip, laid_out
 from ..nn.region import Region, Size, chain, full, grid, sizes
 from ..nn.steps import Context, Kernels, Memory, Step, add, skips, walk
-from .store import Canvas, Store
-from .tiling import AnyPlan, ReferencePlan, TilePlan, run_blended
+from .store import Again, AnyCanvas, Canvas, Store
+from .tiling import AnyPlan, ReferencePlan, StripPlan, TilePlan, run_blended
 
 Compiled = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
@@ -62,9 +62,30 @@ def segments(steps: Sequence[Step], size: Size) -> list[Segment]:
     return [Segment(steps=tuple(steps[a:b]), sizes=tuple(at[a : b + 1])) for a, b in pairwise(sorted(cuts))]
 
 
-def strip_rows(height: int, nbytes: int) -> int:
-    """Rows of the strips in which a step runs over a whole frame, for what it reads of `nbytes`."""
-    return -(-height // min(MOST_STRIPS, -(-nbytes // STRIP_BYTES))) if nbytes > STRIPS_ABOVE else height
+def strips(segment: Segment, plan: TilePlan | StripPlan | None, nbytes: int, *, first: bool) -> int:
+    """Into how many a segment is cut that runs over whole frames, for what it reads of `nbytes`.
+
+    first: it reads the chunk itself, which is small beside what it gives.
+    """
+    (h, w), (height, width) = segment.sizes[0], segment.sizes[-1]
+    if isinstance(plan, StripPlan):
+        count = plan.strips if first else plan.count(nbytes * max(1, height * width / (h * w)))
+    else:
+        count = min(MOST_STRIPS, -(-nbytes // STRIP_BYTES)) if segment.waits and nbytes > STRIPS_ABOVE else 1
+    return min(count, height)
+
+
+def made_again(found: Sequence[Segment], count: int) -> set[int]:
+    """Which segments give the `count` largest activations that are made of little, by the number of their pixels."""
+    small = [
+        i
+        for i, (segment, following) in enumerate(pairwise(found))
+        if not segment.whole
+        and not segment.waits
+        and following.waits
+        and (i == 0 or segment.sizes[-1][0] > segment.sizes[0][0])
+    ]
+    return set(sorted(small, key=lambda i: found[i].sizes[-1])[len(small) - min(count, len(small)) :])
 
 
 @dataclass
@@ -84,11 +105,10 @@ class Progress:
     out: what the tiles that are through have given."""
 
     segments: list[Segment]
-    source: Canvas
-    store: Store
+    source: AnyCanvas
     done: int = 0
-    kept: Canvas | None = None
-    out: Canvas | None = None
+    kept: AnyCanvas | None = None
+    out: AnyCanvas | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +116,9 @@ class Job:
     """A segment, what goes into it, what is added to what it gives, and where that goes."""
 
     segment: Segment
-    source: Canvas
-    kept: Canvas | None
-    out: Canvas
+    source: AnyCanvas
+    kept: AnyCanvas | None
+    out: AnyCanvas
 
 
 class Pass:
@@ -133,6 +153,7 @@ class Pass:
         self._segments: list[Segment] = []
         self._tracks: list[Track] = []
         self._progress: Progress | None = None
+        self._waiting: Store | None = None
 
     def run(self, chunk: Tensor) -> Tensor:
         """Moments (b, 2z, t', h', w') of the next chunk, or its frames; `chunk` is laid out as clips are on its device.
@@ -154,9 +175,11 @@ class Pass:
             else:
                 with _no_autocast(chunk.device):
                     out = self._run(chunk) if compiled is None else self._plain(chunk, compiled)
-        finally:
+        except BaseException:
+            self._store.bus.settle()
             if not self._streams:
-                self._progress = None
+                self._progress = self._waiting = None
+            raise
         self._first, self._progress = False, None
         return out
 
@@ -165,6 +188,7 @@ class Pass:
         if plan == self.plan:
             return
         self.plan = _allowed(plan, self.network)
+        self._waiting = None
         if isinstance(self.plan, TilePlan) and self._streams:
             self._tracks = [track for old in self._tracks for track in self._cut(old, self.plan)]
 
@@ -194,7 +218,7 @@ class Pass:
         if progress is None:
             source = Canvas(size, Store(self._device))
             source.write(full(size), Clip([chunk]))
-            progress = Progress(segments(self.steps, size), source, Store(self._home))
+            progress = Progress(segments(self.steps, size), source)
         if not (self._streams and self._tracks):
             self._lay_out(progress.segments)
         self._progress = progress if self._streams else None
@@ -208,16 +232,22 @@ class Pass:
         self._segments, self._latent = found, first if self.direction == "decode" else last
         whole = full(self._latent)
         cores = self.plan.tiles(whole) if isinstance(self.plan, TilePlan) else [whole]
-        self._tracks = [Track(core, self._memory()) for core in cores]
+        self._tracks = self._new_tracks(cores)
 
     @property
-    def _home(self) -> torch.device:
-        """Where tensors wait."""
-        offload = isinstance(self.plan, TilePlan) and self.plan.offload
-        return torch.device("cpu") if offload else self._device
+    def _store(self) -> Store:
+        """Memory for what waits between tiles and steps, kept from chunk to chunk."""
+        if self._waiting is None:
+            room = self.plan.room if isinstance(self.plan, (TilePlan, StripPlan)) else None
+            self._waiting = Store(self._device, 0 if self._streams and room is not None else room)
+        return self._waiting
 
-    def _memory(self) -> Memory:
-        return Memory(None if self._home == self._device else self._home)
+    def _new_tracks(self, cores: Sequence[Region], done: int = 0) -> list[Track]:
+        """Tiles, whose memories wait in RAM if the plan says so, but for what there is room for."""
+        if not (isinstance(self.plan, TilePlan) and self.plan.offload):
+            return [Track(core, Memory(), done) for core in cores]
+        home, claim = torch.device("cpu"), Store(self._device, self.plan.resident).claim
+        return [Track(core, Memory(home, claim), done) for core in cores]
 
     def _context(self, memory: Memory) -> Context:
         return Context(memory=memory, kernels=self._kernels, first=self._first)
@@ -229,43 +259,72 @@ class Pass:
         segment, source, kept = progress.segments[progress.done], progress.source, progress.kept
         ends = segment.waits and segment.steps[-1].adds is not None
         if not segment.waits:
-            progress.store.clear()
+            self._store.clear()
         if progress.out is None:
-            following = progress.segments[progress.done + 1 :][:1]
-            measure = following[0].steps[0].moments if following and following[0].waits else None
-            store = Store(self._device) if segment.whole else progress.store
-            own = ends and progress.done > 1  # else it is the chunk itself
-            progress.out = Canvas(segment.sizes[-1], store, measure=measure, onto=kept if own else None)
+            progress.out = self._out(progress, kept if ends else None)
         job = Job(segment=segment, source=source, kept=kept if ends else None, out=progress.out)
+        if isinstance(job.out, Again):
+            job.out.make = lambda region: self._again(job, region)
         if segment.whole:
             job.out.write(full(job.out.size), self._whole(job))
         elif self._streams:
             for track in self._tracks:
                 self._tile(job, track, segment.regions(track.core, self._latent))
         else:
-            for regions in self._regions(job):
-                self._tile(job, Track(regions[-1], Memory()), regions)
+            self._wide(job, self._regions(job, first=progress.done == 0))
         for track in self._tracks:
             track.done = 0
         if not ends and segment.waits and segment.steps[0].keeps:
             progress.kept = source
         else:
+            if progress.kept is not None:
+                progress.kept.free()
             progress.kept = None
-            source.free()
+            if not isinstance(job.out, Again):
+                source.free()
         progress.source, progress.out, progress.done = job.out, None, progress.done + 1
+
+    def _out(self, progress: Progress, kept: AnyCanvas | None) -> AnyCanvas:
+        """Where the next segment writes to. kept: what will be added."""
+        segment, last = progress.segments[progress.done], progress.done + 1 == len(progress.segments)
+        following = None if last else progress.segments[progress.done + 1]
+        measure = following.steps[0].moments if following is not None and following.waits else None
+        again = self.plan.again if isinstance(self.plan, StripPlan) else 0
+        if measure is not None and progress.done in made_again(progress.segments, again):
+            return Again(segment.sizes[-1], progress.source, measure)
+        store = Store(self._device) if segment.whole or last else self._store
+        own = kept if isinstance(kept, Canvas) and progress.done > 1 else None  # else it is the chunk itself
+        return Canvas(segment.sizes[-1], store, measure=measure, onto=own)
+
+    def _wide(self, job: Job, tiles: list[list[Region]]) -> None:
+        """A segment over all tiles or strips; what waits in RAM for the next is fetched meanwhile."""
+        for n, regions in enumerate(tiles):
+            for following in tiles[n + 1 : n + 2]:
+                job.source.ahead(following[0])
+                if job.kept is not None:
+                    job.kept.ahead(following[-1])
+            self._tile(job, Track(regions[-1], Memory()), regions)
+
+    def _again(self, job: Job, region: Region) -> Clip:
+        """A region of what a segment gives, whose output does not wait."""
+        steps = job.segment.steps
+        regions = chain([step.reach for step in steps], job.segment.sizes[0], region)
+        clip = job.source.read(regions[0])
+        return self._steps(job, list(steps), 0, regions, clip, Memory())[0]
 
     def _whole(self, job: Job) -> Clip:
         """What steps give that must see whole frames."""
-        clip = job.source.read(full(job.source.size), self._device)
+        clip = job.source.read(full(job.source.size))
         return walk(job.segment.steps, clip, self._context(Memory()), between=self._between)
 
-    def _regions(self, job: Job) -> list[list[Region]]:
+    def _regions(self, job: Job, *, first: bool) -> list[list[Region]]:
         """Those of every tile, or of the strips of a whole frame, before every step and after the last."""
         segment = job.segment
-        if len(self._tracks) > 1 or not segment.waits:
+        if len(self._tracks) > 1:
             return [segment.regions(track.core, self._latent) for track in self._tracks]
+        plan = None if isinstance(self.plan, ReferencePlan) else self.plan
         size, reaches = segment.sizes[-1], [step.reach for step in segment.steps]
-        rows = strip_rows(size[0], job.source.nbytes)
+        rows = -(-size[0] // strips(segment, plan, job.source.nbytes, first=first))
         return [chain(reaches, segment.sizes[0], out) for out in grid(full(size), (rows, size[1]))]
 
     def _tile(self, job: Job, track: Track, regions: Sequence[Region]) -> None:
@@ -274,7 +333,7 @@ class Pass:
         plus: Clip | None = None
         while track.done < len(runs):
             if track.clip is None:
-                track.clip = job.source.read(regions[0], self._device)
+                track.clip = job.source.read(regions[0])
             before = track.memory.snapshot()
             try:
                 first = sum(map(len, runs[: track.done]))
@@ -303,7 +362,7 @@ class Pass:
                 held = clip.shared(), region
             clip = step.run(clip, at, job.source.moments if step.waits else None)
             if step.adds is not None and job.kept is not None:
-                plus = step.adds(job.kept.read(wanted, self._device), at)
+                plus = step.adds(job.kept.read(wanted), at)
             elif step.adds is not None and held is not None:
                 clip, held = add(clip, step.adds(held[0].crop(given, held[1]), at), at), None
             clip = clip.crop(wanted, given)
@@ -312,7 +371,7 @@ class Pass:
 
     def _cut(self, old: Track, plan: TilePlan) -> list[Track]:
         """A tile cut into smaller ones, wherever it is; what it holds goes through RAM, as the device is full."""
-        tracks = [Track(core, self._memory(), old.done) for core in plan.tiles(old.core)]
+        tracks = self._new_tracks(plan.tiles(old.core), old.done)
         for segment in self._segments:
             if segment.whole:
                 continue
@@ -338,10 +397,15 @@ class Pass:
 
 
 def _allowed(plan: AnyPlan, network: Network) -> AnyPlan:
-    if plan is not None and not isinstance(plan, (TilePlan, ReferencePlan)):  # type: ignore[reportUnnecessaryIsInstance]
+    if plan is not None and not isinstance(plan, (TilePlan, StripPlan, ReferencePlan)):  # type: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
-            f"The plan is a {type(plan).__name__}; needed is a TilePlan, a ReferencePlan or None for whole frames. Of "
-            "what plan_decode or plan_encode returns, give `.tiles`."
+            f"The plan is a {type(plan).__name__}; needed is a TilePlan, a StripPlan, a ReferencePlan or None for "
+            "whole frames. Of what plan_decode or plan_encode returns, give `.tiles`."
+        )
+    if isinstance(plan, StripPlan) and any(step.slots() for d in network.halves for step in network.steps(d)):
+        raise ValueError(
+            f"A StripPlan is for networks in which activations of a whole chunk wait, and those of {network.family.id} "
+            "do not. Give a TilePlan."
         )
     if isinstance(plan, ReferencePlan) and not network.family.reference_tiles:
         raise ValueError(

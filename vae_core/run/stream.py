@@ -16,7 +16,21 @@ from .tiling import AnyPlan
 # called with the error and the plan that ran; gives the plan to go on by, or None to give up
 Recover = Callable[[Exception, AnyPlan], AnyPlan]
 
-OUT_OF_MEMORY_TEXTS = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY_TEXTS = (
+    "out of memory",  # CUDA, ROCm, MPS
+    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
+    "can't allocate memory",  # DefaultCPUAllocator, also in brackets with the error's number
+    "cannot allocate memory",
+    "not enough memory",
+    "not enough gpu video memory",  # DirectML
+    "invalid buffer size",  # MPS
+    "out_of_device_memory",  # Level Zero, of Intel GPUs
+    "out_of_host_memory",
+    "out_of_resources",
+    "unable to find an engine",  # cuDNN, where no engine's workspace finds room: GET and FIND
+    "cudnn_status_internal_error",  # cuDNN, likewise
+    "32-bit index math",  # a tensor that is too large for a kernel: smaller ones are not
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:

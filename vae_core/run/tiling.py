@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ class TilePlan:
     be, all about equally large.
     offload: what waits between tiles lies in RAM, not on the device: slower, and less memory on the device. For CV-VAE
     these are the activations of a whole chunk, for IV-VAE the frame that every causal convolution remembers.
+    resident: with `offload`, so many bytes of it stay on the device all the same.
     Raises ValueError for sides below 1.
     """
 
     tile: int | tuple[int, int | None]
     offload: bool = False
+    resident: int = 0
 
     def __post_init__(self) -> None:
         given: object = self.tile
@@ -41,6 +44,11 @@ class TilePlan:
             object.__setattr__(self, "tile", sides)
 
     @property
+    def room(self) -> int | None:
+        """Bytes that may wait on the device; None is any number."""
+        return self.resident if self.offload else None
+
+    @property
     def sides(self) -> tuple[int, int | None]:
         """(height, width) in latents; a width of None is that of the frame."""
         return (self.tile, self.tile) if isinstance(self.tile, int) else self.tile
@@ -54,6 +62,35 @@ class TilePlan:
         """The tiles of a region of a frame, in latents."""
         height, width = self.sides
         return grid(region, (height, width or region.size[1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StripPlan:
+    """Whole frames, every step by itself in full-width strips: the result is that of whole frames to rounding.
+
+    For families whose norms need the whole chunk, so that activations must wait between steps: CV-VAE and image VAEs.
+
+    strips: how many a step is cut into; where frames are small it is fewer.
+    room: bytes of what waits that stay on the device, the other rows lie in RAM; None is all of it.
+    again: so many of the largest activations that are made of little, by a layer that enlarges or of the chunk itself,
+    do not wait: they are computed again wherever they are read.
+    Raises ValueError for less than one strip, or numbers below 0.
+    """
+
+    strips: int
+    room: int | None = None
+    again: int = 0
+
+    def __post_init__(self) -> None:
+        if self.strips < 1 or self.again < 0 or (self.room is not None and self.room < 0):
+            raise ValueError(
+                f"A plan of {self.strips} strips, {self.room} bytes on the device and {self.again} activations that "
+                "are computed again was asked for; needed is at least one strip, and no number below 0."
+            )
+
+    def count(self, nbytes: float) -> int:
+        """Strips of a step that reads, or gives, so many bytes."""
+        return max(1, min(self.strips, ceil(nbytes / LEAST_STRIP)))
 
 
 @dataclass(frozen=True)
@@ -87,6 +124,8 @@ class ReferencePlan:
         return Overlapping(tile=tile, overlap=round(tile * self.overlap))
 
 
+LEAST_STRIP = 2**24  # bytes; what is smaller is not cut
+
 SPACE = 8  # pixels per latent in the official program
 
 
@@ -110,7 +149,7 @@ class Overlapping:
         return spans
 
 
-AnyPlan = TilePlan | ReferencePlan | None  # None: whole frames
+AnyPlan = TilePlan | StripPlan | ReferencePlan | None  # None: whole frames
 
 
 def _blend(y: Tensor, neighbour: Tensor, dim: int) -> None:

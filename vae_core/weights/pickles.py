@@ -25,6 +25,7 @@ from .headers import UnreadableError, brief
 
 PICKLE_LIMIT = 4 << 20  # bytes; that of a training checkpoint with its optimizer has some hundred kB
 _MOST_ARGUMENTS, _MOST_AXES = 16, 32
+_DEPTH = 8  # of dicts within dicts
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first thing in a file of the legacy format
 _ZIP_HEAD = struct.Struct("<4s22xHH")  # of a record's own header: signature, lengths of name and extra field
 _STORAGES = {
@@ -212,10 +213,7 @@ class _Reader(_PythonUnpickler):
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
-        called = self.stack[-1]
-        if not isinstance(called, _Known):
-            raise _damaged("something is called that cannot be")
-        self.stack[-1] = _called(called, arguments)
+        self.stack[-1] = _called(self.stack[-1], arguments)
 
     def load_build(self) -> None:
         """Attributes of a dict, as `_metadata` of a state dict, are not kept."""
@@ -370,9 +368,6 @@ def _with_tensors(loaded: object, path: Path, blocks: Mapping[str, _Block], size
         return made[id(item)]
 
     return filled(loaded, _DEPTH) if isinstance(loaded, (dict, _Place)) else loaded
-
-
-_DEPTH = 8  # of dicts within dicts
 
 
 def _too_long() -> UnreadableError:

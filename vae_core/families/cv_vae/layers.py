@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from ...nn.convolution import Triple, convolve
 from ...nn.layers import SpacePadding, conv_input, in_time, neighbouring_taps
 from ...nn.norm import Activation, summed, wide
 from ...nn.operators import put
-from ...nn.region import NEIGHBOURS, Reach
+from ...nn.region import ENLARGE, NEIGHBOURS, Reach
 from ...nn.steps import Context, Layer
 
 
@@ -44,37 +45,26 @@ class ClipConv(nn.Conv3d, Layer):
     def forward(self, clip: Clip, at: Context, activation: Activation | None = None) -> Clip:  # type: ignore[override]
         """(b, width_in, t, h, w) to (b, width_out, t', h', w')."""
         x, _, own = conv_input(clip, at, activation, self.reach, self.space_padding)
+        return in_time(self.over_time(x, self.weight, own, plain=at.plain), at)
+
+    def over_time(
+        self, x: Tensor, weight: Tensor, padding: tuple[int, int], *, plain: bool
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What `weight` gives for a clip whose other padding in space is there already, as (first frame, frames) in
+        order.
+
+        Frames at either end, which see repeated frames or zeros, get a kernel of the taps that are left. Where the
+        weights are larger than the clip it is padded instead: making such kernels would cost more than it saves.
+        """
         stride = self.stride[0], self.stride[1], self.stride[2]
-        return in_time(
-            convolve_in_time(x, self.weight, self.bias, self.time, stride, own, self.time_replicate, plain=at.plain), at
-        )
-
-
-def convolve_in_time(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    time: tuple[int, int],
-    stride: Triple,
-    padding: tuple[int, int],
-    replicate: bool,
-    *,
-    plain: bool,
-) -> Iterator[tuple[int, Tensor]]:
-    """A convolution with `time` frames of padding in front and after, as (first frame, frames) in order.
-
-    Frames at either end, which see repeated frames or zeros, get a kernel of the taps that are left. Where the weights
-    are larger than the clip it is padded instead: making such kernels would cost more than it saves.
-    """
-    space = (0, *padding)
-    if x.numel() < weight.numel():
-        x = laid_out(F.pad(x, (0, 0, 0, 0, *time), mode="replicate" if replicate else "constant"))
-        yield 0, convolve(x, weight, bias, stride=stride, padding=space, plain=plain)
-        return
-    for run in runs_in_time(x.shape[2], stride[0], time, replicate):
-        kernel = weight if run.taps == WHOLE else torch.cat([_summed(weight, taps) for taps in run.taps], dim=2)
-        frames = x[:, :, run.source : run.source + stride[0] * (run.length - 1) + len(run.taps)]
-        yield run.start, convolve(frames, kernel, bias, stride=stride, padding=space, plain=plain)
+        run = partial(convolve, bias=self.bias, stride=stride, padding=(0, *padding), plain=plain)
+        if x.numel() < weight.numel():
+            mode = "replicate" if self.time_replicate else "constant"
+            yield 0, run(laid_out(F.pad(x, (0, 0, 0, 0, *self.time), mode=mode)), weight)
+            return
+        for start, length, source, taps in runs_in_time(x.shape[2], stride[0], self.time, self.time_replicate):
+            kernel = weight if taps == WHOLE else torch.cat([_summed(weight, several) for several in taps], dim=2)
+            yield start, run(x[:, :, source : source + stride[0] * (length - 1) + len(taps)], kernel)
 
 
 def _summed(weight: Tensor, taps: tuple[int, ...]) -> Tensor:
@@ -116,6 +106,8 @@ def runs_in_time(frames: int, stride: int, padding: tuple[int, int], replicate: 
 class Upsample(Layer):
     """Space x2; with `double_time` also T -> 2T - 1: every frame becomes two and the very first is dropped."""
 
+    reach = ENLARGE
+
     def __init__(self, width: int, *, double_time: bool, space_padding: SpacePadding) -> None:
         super().__init__()
         self.parts = 2 if double_time else 1
@@ -130,8 +122,8 @@ class Upsample(Layer):
         out = empty((b, c, self.parts * t - (self.parts - 1), axes[0].size, axes[1].size), x)
         for phase, kernel in enumerate(at.kernel(self, "phases", lambda: summed(self.conv.weight, phase_kernels))):
             rows, columns = (axis.of(n) for axis, n in zip(axes, divmod(phase, 2), strict=True))
-            y = convolve_in_time(x, kernel, self.conv.bias, (1, 1), (1, 1, 1), own, replicate=True, plain=at.plain)
-            self._put(list(y), (rows[0], columns[0]), out[..., rows[1], columns[1]], plain=at.plain)
+            y = list(self.conv.over_time(x, kernel, own, plain=at.plain))
+            self._put(y, (rows[0], columns[0]), out[..., rows[1], columns[1]], plain=at.plain)
         return Clip([out])
 
     def _put(self, y: list[tuple[int, Tensor]], valid: tuple[slice, slice], out: Tensor, *, plain: bool) -> None:

@@ -15,35 +15,34 @@ from torch import Tensor, nn
 
 from ...nn.clip import Clip
 from ...nn.convolution import convolve
-from ...nn.layers import FrameAttention, SpacePadding
+from ...nn.layers import Attention, FrameAttention, SpacePadding
 from ...nn.norm import Activation
-from ...nn.operators import attention
-from ...nn.region import ENLARGE, HALVE_BOTH, HALVE_RIGHT
+from ...nn.region import HALVE_BOTH, HALVE_RIGHT
 from ...nn.steps import Context, Layer
 from ..family import Direction, Network
-from ..layout import GROUPS, Decoder, Encoder, Kit, check_widths
+from ..layout import GROUPS, SAMPLER_SCALING, Decoder, Encoder, Kit, LayoutConfig
 from .layers import ClipConv, Upsample
 
 TIME_LEVELS = (0, 2)  # the encoder halves time after these levels; the decoder doubles it at the same depths
 
 
 @dataclass(frozen=True, kw_only=True)
-class CVVAEConfig:
+class CVVAEConfig(LayoutConfig):
     """What the weights need.
 
-    widths: channels of the four levels, finest first, each a multiple of 32.
-    blocks_per_level: residual blocks of an encoder level; the decoder has one more.
-    latent_channels: z.
     sd3: the SD3 family pads by replication everywhere, has norm eps 1e-6 and no attention over time.
     """
 
-    widths: tuple[int, ...]
-    blocks_per_level: int
-    latent_channels: int
+    kind = "CV-VAE"
     sd3: bool
 
-    def __post_init__(self) -> None:
-        check_widths("CV-VAE", self.widths, self.blocks_per_level, self.latent_channels)
+    @property
+    def scale_factor(self) -> float:
+        return SAMPLER_SCALING.get(self.latent_channels, (1.0, 0.0))[0]
+
+    @property
+    def shift_factor(self) -> float:
+        return SAMPLER_SCALING.get(self.latent_channels, (1.0, 0.0))[1]
 
     @property
     def norm_eps(self) -> float:
@@ -65,32 +64,16 @@ class Shortcut(nn.Conv3d, Layer):
         return Clip([convolve(clip.tensor(), self.weight, self.bias, plain=at.plain)])
 
 
-class TemporalAttention(nn.Module):
-    """Attention over the frames at each pixel, without a residual of its own."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.proj_out = nn.Linear(width, width)
-
-    def over_frames(self, x: Tensor, *, plain: bool) -> Tensor:
-        """(pixels, frames, width) to the same."""
-        x = self.norm(x)
-        return self.proj_out(attention(self.q(x), self.k(x), self.v(x), plain=plain))
-
-
 class AttentionBlock(FrameAttention):
     """Attention over the positions of each frame, then over time; one residual for both."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, groups=GROUPS, eps=eps)
-        self.temporal = TemporalAttention(width, eps)
+        self.temporal = Attention(width, nn.LayerNorm(width, eps=eps))
 
     def over_time(self, y: Tensor, b: int, at: Context) -> Tensor:
-        y = self.temporal.over_frames(rearrange(y, "(b t) p c -> (b p) t c", b=b), plain=at.plain)
+        y = self.temporal.norm(rearrange(y, "(b t) p c -> (b p) t c", b=b))
+        y = self.temporal.attend(y, plain=at.plain)
         return rearrange(y, "(b p) t c -> (b t) p c", b=b)
 
 
@@ -102,8 +85,8 @@ def encoder_kit(config: CVVAEConfig) -> Kit:
     def down(width: int, level: int) -> Layer:
         return conv(width, width, stride=(2 if level in TIME_LEVELS else 1, 2, 2), reach=reach)
 
-    attention_block = partial(FrameAttention, groups=GROUPS, eps=config.norm_eps)
-    return Kit(eps=config.norm_eps, conv=conv, shortcut=Shortcut, resample=down, reach=reach, attention=attention_block)
+    attention = partial(FrameAttention, groups=GROUPS, eps=config.norm_eps)
+    return Kit(eps=config.norm_eps, conv=conv, shortcut=Shortcut, resample=down, attention=attention)
 
 
 def decoder_kit(config: CVVAEConfig) -> Kit:
@@ -113,15 +96,8 @@ def decoder_kit(config: CVVAEConfig) -> Kit:
     def up(width: int, level: int) -> Layer:
         return Upsample(width, double_time=level in TIME_LEVELS, space_padding=config.space_padding)
 
-    attention_block = partial(FrameAttention, groups=GROUPS) if config.sd3 else AttentionBlock
-    return Kit(
-        eps=config.norm_eps,
-        conv=conv,
-        shortcut=Shortcut,
-        resample=up,
-        reach=ENLARGE,
-        attention=partial(attention_block, eps=config.norm_eps),
-    )
+    attention = partial(partial(FrameAttention, groups=GROUPS) if config.sd3 else AttentionBlock, eps=config.norm_eps)
+    return Kit(eps=config.norm_eps, conv=conv, shortcut=Shortcut, resample=up, attention=attention)
 
 
 class CVVAE(Network):
@@ -129,7 +105,6 @@ class CVVAE(Network):
 
     def __init__(self, config: CVVAEConfig, halves: Sequence[Direction] = ("encode", "decode")) -> None:
         super().__init__()
-        size = config.widths, config.blocks_per_level, config.latent_channels
         self.config = config
-        self.encoder = Encoder(*size, encoder_kit(config)) if "encode" in halves else None
-        self.decoder = Decoder(*size, decoder_kit(config)) if "decode" in halves else None
+        self.encoder = Encoder(config, encoder_kit(config)) if "encode" in halves else None
+        self.decoder = Decoder(config, decoder_kit(config)) if "decode" in halves else None

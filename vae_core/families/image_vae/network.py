@@ -10,32 +10,26 @@ from dataclasses import dataclass
 from functools import partial
 
 from ...nn.layers import FrameAttention, FrameConv, FrameEnlarge
-from ...nn.region import ENLARGE, HALVE_RIGHT
+from ...nn.region import HALVE_RIGHT
 from ...nn.steps import Layer
 from ..family import Direction, Network
-from ..layout import GROUPS, Decoder, Encoder, Kit, check_widths
+from ..layout import GROUPS, Decoder, Encoder, Kit, LayoutConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageVAEConfig:
+class ImageVAEConfig(LayoutConfig):
     """What the weights need, and the scaling that their diffusion model applies.
 
-    widths: channels of the four levels, finest first, each a multiple of 32. blocks_per_level: residual blocks of an
-    encoder level; the decoder has one more. latent_channels: z. quantized: whether a 1x1 convolution follows the
-    encoder, and whether one precedes the decoder. decoder_attention: whether the decoder's middle has it.
+    quantized: whether a 1x1 convolution follows the encoder, and whether one precedes the decoder. decoder_attention:
+    whether the decoder's middle has it.
     """
 
-    widths: tuple[int, ...]
-    blocks_per_level: int
-    latent_channels: int
+    kind = "An image VAE"
     quantized: tuple[bool, bool]
     decoder_attention: bool
     norm_eps: float
     scale_factor: float
     shift_factor: float
-
-    def __post_init__(self) -> None:
-        check_widths("An image VAE", self.widths, self.blocks_per_level, self.latent_channels)
 
 
 def _down(width: int, level: int) -> Layer:
@@ -51,11 +45,10 @@ class ImageVAE(Network):
 
     def __init__(self, config: ImageVAEConfig, halves: Sequence[Direction] = ("encode", "decode")) -> None:
         super().__init__()
-        size = config.widths, config.blocks_per_level, config.latent_channels
         attention = partial(FrameAttention, groups=GROUPS, eps=config.norm_eps)
         kit = partial(Kit, eps=config.norm_eps, conv=FrameConv, shortcut=partial(FrameConv, kernel=1))
-        down = kit(resample=_down, reach=HALVE_RIGHT, attention=attention)
-        up = kit(resample=_up, reach=ENLARGE, attention=attention if config.decoder_attention else None)
+        down = kit(resample=_down, attention=attention)
+        up = kit(resample=_up, attention=attention if config.decoder_attention else None)
         self.config = config
-        self.encoder = Encoder(*size, down, quantize=config.quantized[0]) if "encode" in halves else None
-        self.decoder = Decoder(*size, up, quantize=config.quantized[1]) if "decode" in halves else None
+        self.encoder = Encoder(config, down, quantize=config.quantized[0]) if "encode" in halves else None
+        self.decoder = Decoder(config, up, quantize=config.quantized[1]) if "decode" in halves else None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..family import Compression, Family, Scaling, Shapes, Windows, substituted
-from .layers import PUBLISHED, IVParts, TemporalConv
+from ..family import Compression, Family, Rules, Shapes, Windows, substituted
+from .layers import DILATIONS, PUBLISHED, IVParts, TemporalConv
 from .network import IVVAE, IVVAEConfig
 
 __all__ = ["IVVAE", "IV_VAE", "PUBLISHED", "IVParts", "IVVAEConfig", "TemporalConv"]
@@ -17,7 +17,7 @@ PUBLISHED_SCALING: dict[tuple[int, int], tuple[float, float]] = {
     (16, 64): (0.9697, -0.1553),
     (16, 96): (0.7619, -0.0483),
 }
-_NAMES = (
+_NAMES: Rules = (
     (r"\.norm1\.", r".residual.0."),
     (r"\.conv1\.(conv_2d|conv_3d)\.", r".residual.2.\1."),
     (r"\.conv1\.(weight|bias)$", r".residual.2.conv.\1"),  # the purely 2-D stages
@@ -29,12 +29,7 @@ _NAMES = (
     (r"^encoder\.conv_in\.", r"encoder.conv1."),
     (r"^decoder\.conv_in\.", r"decoder.conv1.conv."),
     (r"^(en|de)coder\.norm_out\.", r"\1coder.head.0."),
-    (r"^encoder\.pac\.branches\.0\.", r"encoder.head.2.PAC_0.conv."),
-    (r"^encoder\.pac\.branches\.1\.", r"encoder.head.2.PAC_1.conv."),
-    (r"^encoder\.pac\.branches\.2\.", r"encoder.head.2.PAC_3.conv."),
-    (r"^encoder\.pac\.branches\.3\.", r"encoder.head.2.PAC_6.conv."),
-    (r"^encoder\.pac\.branches\.4\.", r"encoder.head.2.PAC_9.conv."),
-    (r"^encoder\.pac\.branches\.5\.", r"encoder.head.2.PAC_12.conv."),
+    (r"^encoder\.pac\.branches\.(\d)\.", lambda m: f"encoder.head.2.PAC_{(0, 1, *DILATIONS)[int(m[1])]}.conv."),
     (r"^encoder\.pac\.merge\.", r"encoder.head.2.PAC_conv.conv."),
     (r"^encoder\.pac\.(\w+)$", r"encoder.head.2.conv.\1"),  # without motion perception
     (r"^decoder\.conv_out\.", r"decoder.head.2."),
@@ -57,7 +52,8 @@ def _configure(shapes: Shapes, told: Mapping[str, float]) -> IVVAEConfig:
     else:
         dim = shapes["encoder.head.0.gamma"][0] // 8
         z = shapes["conv1.conv_3d.weight"][0] * parts.branches // 2
-    scale, shift = default_scaling(z, dim, parts)
+    unscaled = 1.0, 0.0
+    scale, shift = PUBLISHED_SCALING.get((z, dim), unscaled) if parts == PUBLISHED else unscaled
     return IVVAEConfig(
         dim=dim,
         latent_channels=z,
@@ -67,15 +63,9 @@ def _configure(shapes: Shapes, told: Mapping[str, float]) -> IVVAEConfig:
     )
 
 
-def default_scaling(latent_channels: int, dim: int, parts: IVParts) -> tuple[float, float]:
-    """(scale_factor, shift_factor) of a file that says neither: the published numbers, or 1 and 0."""
-    return PUBLISHED_SCALING.get((latent_channels, dim), (1.0, 0.0)) if parts == PUBLISHED else (1.0, 0.0)
-
-
 def _parts(shapes: Shapes) -> IVParts:
     """Which parts the network has, by the names of the halves that are there."""
-    stage = ".residual.2.conv_3d.causal.weight"
-    causal = any(name.endswith(stage) for name in shapes)
+    causal = any(name.endswith(".residual.2.conv_3d.causal.weight") for name in shapes)
     two = any(".Attention_2d." in name for name in shapes)
     if "decoder.conv1.conv.weight" in shapes:
         motion = "decoder.upsamples.1.Attention_3d.proj.weight" in shapes
@@ -84,10 +74,6 @@ def _parts(shapes: Shapes) -> IVParts:
     return IVParts(
         temporal_conv="causal" if causal else "grouped-causal", branches=2 if two else 1, motion_perception=motion
     )
-
-
-def _scaling(config: IVVAEConfig) -> Scaling:
-    return Scaling(scale=config.scale_factor, shift=config.shift_factor)
 
 
 def _told(config: IVVAEConfig) -> dict[str, float]:
@@ -110,7 +96,6 @@ IV_VAE = Family(
     configure=_configure,
     build=IVVAE,
     official=_official,
-    scaling=_scaling,
     widths=lambda config: f"dim {config.dim}",
     told=_told,
     scaled=True,

@@ -14,11 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...nn.clip import Clip, clip_of, empty, frames_of, memory_format
-from ...nn.convolution import convolve, convolve_frames
-from ...nn.layers import FrameConv, conv_input, enlarge, enlarging_kernel, in_time
+from ...nn.convolution import convolve
+from ...nn.layers import FrameConv, FrameEnlarge, conv_input, in_time
 from ...nn.norm import Activation, RMSNorm, summed
 from ...nn.operators import attention
-from ...nn.region import HALVE_RIGHT, NEIGHBOURS, POINT
+from ...nn.region import ENLARGE, HALVE_RIGHT, NEIGHBOURS, POINT
 from ...nn.steps import Context, Layer, Streaming
 
 DILATIONS = (3, 6, 9, 12)
@@ -64,10 +64,6 @@ class GroupedCausalConv3d(Streaming):
         self.bias = nn.Parameter(torch.zeros(width_out))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    def alone(self, weight: Tensor) -> Tensor:
-        """The kernel, one frame deep, of the first frame: it would stand in front of itself."""
-        return weight[:, :, :1] + weight[:, :, 1:2]
-
     def later(self, x: Tensor, padding: tuple[int, int], at: Context) -> Clip:
         """What the frames of (b, width_in, 1 + t, h, w) but the first give."""
         space, t = (0, *padding), x.shape[2] - 1
@@ -107,9 +103,9 @@ class SeparatedConv(Layer):
 
     def __init__(self, width_in: int, width_out: int, *, kernel: int, parts: IVParts) -> None:
         super().__init__()
-        two = parts.branches == 2
-        self.conv_2d = nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2) if two else None
-        width = width_out if two else 2 * width_out
+        self.conv_2d = FrameConv(width_in, width_out, kernel) if parts.branches == 2 else None
+        width = 2 * width_out // parts.branches
+        self.reach = POINT if kernel == 1 else NEIGHBOURS
         if kernel == 1:
             self.conv_3d: nn.Module = nn.Conv3d(width_in, width, 1)
         else:
@@ -117,38 +113,24 @@ class SeparatedConv(Layer):
 
     def forward(self, clip: Clip, at: Context, activation: Activation | None = None) -> Clip:
         """(b, width_in, t, h, w) to (b, 2 width_out, t, h, w)."""
-        conv = self.conv_3d
-        if isinstance(conv, GroupedCausalConv3d):
-            return self._grouped(conv, clip, at, activation)
+        conv, frames = self.conv_3d, self.conv_2d
         if isinstance(conv, CausalConv3d):
             x = conv_input(clip, at, activation, POINT)[0]
-            return halved(self._first(x, at), Clip([conv.run(x, at)]), at)
-        assert isinstance(conv, nn.Conv3d)
-        weight, bias = self._merged(conv.weight, conv.bias)  # small
-        return Clip([convolve(clip.tensor(), weight, bias, plain=at.plain)])
-
-    def _grouped(self, conv: GroupedCausalConv3d, clip: Clip, at: Context, activation: Activation | None) -> Clip:
+            return halved(None if frames is None else frames(Clip([x]), at).tensor(), Clip([conv.run(x, at)]), at)
+        if isinstance(conv, nn.Conv3d):
+            weight, bias = self._merged(conv.weight, conv.bias)  # small
+            return Clip([convolve(clip.tensor(), weight, bias, plain=at.plain)])
+        assert isinstance(conv, GroupedCausalConv3d)
         front = at.memory.get(conv.slot, conv.weight.device)
         x, last, own = conv_input(clip, at, activation, NEIGHBOURS, front=front, keep=True)
         assert last is not None
         at.memory.put(conv.slot, last.clone(memory_format=memory_format(x.device)) if at.plain else last)
         if front is not None:
-            first = None if self.conv_2d is None else self._frames(x[:, :, 1:], own, at)
+            first = None if frames is None else frames.frames(x[:, :, 1:], own, plain=at.plain)
             return halved(first, conv.later(x, own, at), at)
-        # once in a video, so not kept
-        weight, bias = self._merged(summed(conv.weight, conv.alone), conv.bias)
+        # once in a video, so not kept: one frame deep, since the first frame stands in front of itself
+        weight, bias = self._merged(summed(conv.weight, lambda w: w[:, :, :1] + w[:, :, 1:2]), conv.bias)
         return Clip([convolve(x, weight, bias, padding=(0, *own), plain=at.plain)])
-
-    def _first(self, x: Tensor, at: Context) -> Tensor | None:
-        """What the first half's kernel gives for frames without padding."""
-        if self.conv_2d is None:
-            return None
-        x, _, own = conv_input(Clip([x]), at, None, NEIGHBOURS)
-        return self._frames(x, own, at)
-
-    def _frames(self, x: Tensor, padding: tuple[int, int], at: Context) -> Tensor:
-        assert self.conv_2d is not None
-        return convolve_frames(x, self.conv_2d.weight, self.conv_2d.bias, padding=padding, plain=at.plain)
 
     def _merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Both kernels as one that is one frame deep; `weight` is that of the second half."""
@@ -181,7 +163,7 @@ class PixelConv(SeparatedConv):
             y = super().forward(clip, at, activation)
             return Clip([torch.cat((y.block(0, 3)[:, :, :1], y.block(3, 3)[:, :, 1:]), dim=2)])
         x, _, own = conv_input(clip, at, activation, NEIGHBOURS)
-        keyframe = self._frames(x[:, :, :1], own, at)
+        keyframe = self.conv_2d.frames(x[:, :, :1], own, plain=at.plain)
         if x.shape[2] == 1:
             return Clip([keyframe])
         others = conv.later(x, own, at)
@@ -208,6 +190,8 @@ class HalfAttention(nn.Module):
 class AttentionBlock(Layer):
     """One attention per half, or one over both where there is one branch, plus the input."""
 
+    whole = True
+
     def __init__(self, width: int, *, branches: int = 2) -> None:
         super().__init__()
         self.attention_2d = HalfAttention(width) if branches == 2 else None
@@ -215,81 +199,74 @@ class AttentionBlock(Layer):
 
     def forward(self, clip: Clip, at: Context, activation: Activation | None = None) -> Clip:
         x = clip.tensor()
-        if self.attention_2d is None:
-            return Clip([x + self.attention_3d.over_space(x, at)])
-        first, second = x.chunk(2, dim=1)
-        first = self.attention_2d.over_space(first, at)
-        return Clip([x + torch.cat((first, self.attention_3d.over_space(second, at)), dim=1)])
+        halves = [attention for attention in (self.attention_2d, self.attention_3d) if attention is not None]
+        own = zip(halves, x.chunk(len(halves), dim=1), strict=True)
+        return Clip([x + torch.cat([attention.over_space(half, at) for attention, half in own], dim=1)])
 
 
-class Resample(Layer):
-    """What changes the size, half by half: `width` and `width_out` count one half."""
-
-    def __init__(self, width: int, branches: int) -> None:
-        super().__init__()
-        self.widths = [width] * 2 if branches == 2 else [2 * width]
-
-    def halves(self, clip: Clip) -> tuple[Tensor | None, Tensor]:
-        """The halves of a clip; the first is None where there is one branch."""
-        if len(self.widths) == 1:
-            return None, clip.tensor()
-        width = self.widths[0]
-        return clip.block(0, width), clip.block(width, width)
+def halves_of(clip: Clip, branches: int) -> tuple[Tensor, Tensor]:
+    """Both halves of a clip, or twice all of it where there is one branch."""
+    width = clip.shape[1] // branches
+    return clip.block(0, width), clip.block((branches - 1) * width, width)
 
 
-class Downsample(Resample):
+class Downsample(Layer):
     """Space / 2 by a strided convolution per half; then, with `halve_time`, time / 2 except for the first frame.
 
-    In time the 2-D half keeps every other frame, the 3-D half merges pairs by `time_conv`.
+    `width` counts one half. In time the 2-D half keeps every other frame, the 3-D half merges pairs by `time_conv`.
     """
 
+    reach = HALVE_RIGHT
+
     def __init__(self, width: int, *, halve_time: bool, branches: int = 2) -> None:
-        super().__init__(width, branches)
-        width = self.widths[-1]
+        super().__init__()
+        self.branches = branches
+        width = 2 * width // branches
         self.conv_2d = FrameConv(width, width, reach=HALVE_RIGHT, stride=2) if branches == 2 else None
         self.conv_3d = FrameConv(width, width, reach=HALVE_RIGHT, stride=2)
         self.time_conv = nn.Conv3d(width, width, (2, 1, 1), stride=(2, 1, 1)) if halve_time else None
 
     def forward(self, clip: Clip, at: Context, activation: Activation | None = None) -> Clip:
         """(b, 2 width, t, h, w) to (b, 2 width, t or t / 2, h / 2, w / 2)."""
-        first, second = self.halves(clip)
+        first, second = halves_of(clip, self.branches)
         merge = None if second.shape[2] == 1 else self.time_conv
         y = self.conv_3d(Clip([second]), at)
         if merge is not None:
             y = Clip([convolve(y.tensor(), merge.weight, merge.bias, stride=(2, 1, 1), plain=at.plain)])
-        if self.conv_2d is None or first is None:
+        if self.conv_2d is None:
             return y
         return halved(self.conv_2d(Clip([first if merge is None else first[:, :, ::2]]), at).tensor(), y, at)
 
 
-class Upsample(Resample):
-    """With `double_time`, time x2 except for the first frame; then space x2 with half the width out."""
+class Upsample(Layer):
+    """With `double_time`, time x2 except for the first frame; then space x2 with half the width out.
+
+    `width` counts one half.
+    """
+
+    reach = ENLARGE
 
     def __init__(self, width: int, *, double_time: bool, branches: int = 2) -> None:
-        super().__init__(width, branches)
-        width = self.widths[-1]
-        self.conv_2d = nn.Conv2d(width, width // 2, 3, padding=1) if branches == 2 else None
-        self.conv_3d = nn.Conv2d(width, width // 2, 3, padding=1)
+        super().__init__()
+        self.branches = branches
+        width = 2 * width // branches
+        self.conv_2d = FrameEnlarge(width, width // 2) if branches == 2 else None
+        self.conv_3d = FrameEnlarge(width, width // 2)
         self.time_conv = nn.Conv3d(width, 2 * width, 1) if double_time else None
 
     def forward(self, clip: Clip, at: Context, activation: Activation | None = None) -> Clip:
         """(b, 2 width, t, h, w) to (b, width, t or 2t, 2h, 2w)."""
-        first, second = self.halves(clip)
+        first, second = halves_of(clip, self.branches)
         doubled = None if at.first else self.time_conv
         if doubled is not None:
             pairs = convolve(second, doubled.weight, doubled.bias, plain=at.plain)  # channels are (2, c)
             earlier, later = pairs.chunk(2, dim=1)
             second = interleaved(earlier, later, at)
-        second = self._enlarged(second, self.conv_3d, at)
-        if self.conv_2d is None or first is None:
-            return Clip([second])
-        first = self._enlarged(first, self.conv_2d, at)  # once for both frames of a pair
-        return halved(first if doubled is None else interleaved(first, first, at), Clip([second]), at)
-
-    def _enlarged(self, x: Tensor, conv: nn.Conv2d, at: Context) -> Tensor:
-        return enlarge(
-            x, at.kernel(conv, "enlarging", lambda: summed(conv.weight, enlarging_kernel)), conv.bias, at.border
-        )
+        y = self.conv_3d(Clip([second]), at)
+        if self.conv_2d is None:
+            return y
+        first = self.conv_2d(Clip([first]), at).tensor()  # once for both frames of a pair
+        return halved(first if doubled is None else interleaved(first, first, at), y, at)
 
 
 def interleaved(first: Tensor, second: Tensor, at: Context) -> Tensor:

@@ -7,7 +7,7 @@ alone, then four frames at a time (one latent each). What passes from group to g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,7 @@ from torch import nn
 from ...nn.clip import Clip
 from ...nn.layers import FrameConv
 from ...nn.norm import Activation, RMSNorm
-from ...nn.region import ENLARGE, HALVE_RIGHT, NEIGHBOURS
-from ...nn.steps import Context, Layer, Same, Step
+from ...nn.steps import Context, Layer, ResidualBlock, Step, steps_of
 from ..family import Direction, Network
 from .layers import (
     PUBLISHED,
@@ -60,30 +59,18 @@ class IVVAEConfig:
             )
 
 
-class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, plus the input; `two_d` for the purely 2-D stages. Widths count one half."""
+def block(width_in: int, width: int, parts: IVParts, *, two_d: bool = False) -> ResidualBlock:
+    """A residual block; `two_d` for the purely 2-D ones, among attention, which run whole. Widths count one half."""
 
-    def __init__(self, width_in: int, width: int, parts: IVParts, *, two_d: bool = False) -> None:
-        super().__init__()
-        self.two_d = two_d
-        self.norm1 = RMSNorm(2 * width_in, halves=parts.branches, dims=3)
-        self.norm2 = RMSNorm(2 * width, halves=parts.branches, dims=3)
-        self.conv1 = self._conv(width_in, width, parts)
-        self.conv2 = self._conv(width, width, parts)
-        same = width_in == width
-        self.shortcut: Layer = Same() if same else SeparatedConv(2 * width_in, width, kernel=1, parts=parts)
-
-    def _conv(self, width_in: int, width: int, parts: IVParts) -> Layer:
-        if self.two_d:
+    def conv(width_in: int) -> Layer:
+        if two_d:
             return FrameConv(2 * width_in, 2 * width)
         return SeparatedConv(2 * width_in, width, kernel=3, parts=parts)
 
-    def steps(self) -> list[Step]:
-        """The purely 2-D stages are where attention is, and run whole."""
-        return [
-            Step(layer=self.conv1, reach=NEIGHBOURS, norm=self.norm1, keeps=True, whole=self.two_d),
-            Step(layer=self.conv2, reach=NEIGHBOURS, norm=self.norm2, adds=self.shortcut, whole=self.two_d),
-        ]
+    first, second = (RMSNorm(2 * w, halves=parts.branches, dims=3) for w in (width_in, width))
+    convolutions = conv(width_in), conv(width)
+    shortcut = None if width_in == width else SeparatedConv(2 * width_in, width, kernel=1, parts=parts)
+    return ResidualBlock((first, second), convolutions, shortcut, whole=two_d)
 
 
 class ToMoments(SeparatedConv):
@@ -98,23 +85,21 @@ class ToMoments(SeparatedConv):
         return Clip([torch.cat((a, c, b, d), dim=1)])
 
 
-def steps_of(stages: Iterable[nn.Module]) -> list[Step]:
-    """The steps of residual blocks, attention and what changes the size."""
-    steps: list[Step] = []
-    for stage in stages:
-        if isinstance(stage, ResidualBlock):
-            steps += stage.steps()
-        elif isinstance(stage, AttentionBlock):
-            steps.append(Step(layer=stage, whole=True))
-        else:
-            assert isinstance(stage, (Downsample, Upsample))
-            steps.append(Step(layer=stage, reach=HALVE_RIGHT if isinstance(stage, Downsample) else ENLARGE))
-    return steps
+def attention(dim: int, parts: IVParts) -> list[nn.Module]:
+    """That beyond the middle's, if there is any."""
+    return [AttentionBlock(4 * dim, branches=parts.branches)] if parts.motion_perception else []
+
+
+def coarse_stages(count: int, dim: int, parts: IVParts) -> Iterator[nn.Module]:
+    """Purely 2-D blocks at latent resolution, with attention after each."""
+    for _ in range(count):
+        yield block(4 * dim, 4 * dim, parts, two_d=True)
+        yield from attention(dim, parts)
 
 
 def middle(dim: int, parts: IVParts) -> nn.ModuleList:
     """Residual block, attention, residual block, at latent resolution."""
-    blocks = [ResidualBlock(4 * dim, 4 * dim, parts, two_d=True) for _ in range(2)]
+    blocks = [block(4 * dim, 4 * dim, parts, two_d=True) for _ in range(2)]
     return nn.ModuleList([blocks[0], AttentionBlock(4 * dim, branches=parts.branches), blocks[1]])
 
 
@@ -125,14 +110,10 @@ class Encoder(nn.Module):
         self.conv_in = SeparatedConv(3, dim, kernel=3, parts=parts)
         self.stages = nn.ModuleList()
         for width_in, width, halve_time in ((dim, dim, False), (dim, 2 * dim, True), (2 * dim, 4 * dim, True)):
-            self.stages.extend((ResidualBlock(width_in, width, parts), ResidualBlock(width, width, parts)))
+            self.stages.extend((block(width_in, width, parts), block(width, width, parts)))
             self.stages.append(Downsample(width, halve_time=halve_time, branches=parts.branches))
-        if parts.motion_perception:
-            self.stages.append(AttentionBlock(4 * dim, branches=parts.branches))
-        for _ in range(2):
-            self.stages.append(ResidualBlock(4 * dim, 4 * dim, parts, two_d=True))
-            if parts.motion_perception:
-                self.stages.append(AttentionBlock(4 * dim, branches=parts.branches))
+        self.stages.extend(attention(dim, parts))
+        self.stages.extend(coarse_stages(2, dim, parts))
         self.middle = middle(dim, parts)
         self.norm_out = RMSNorm(8 * dim, halves=parts.branches, dims=3)
         width_out = 2 * config.latent_channels
@@ -144,9 +125,7 @@ class Encoder(nn.Module):
     def steps(self) -> list[Step]:
         """(b, 3, 1 or 4, h, w) to (b, 2z, 1, h/8, w/8)."""
         return [
-            Step(layer=self.conv_in, reach=NEIGHBOURS),
-            *steps_of(self.stages),
-            *steps_of(self.middle),
+            *steps_of((self.conv_in, *self.stages, *self.middle)),
             Step(layer=self.pac, norm=self.norm_out, whole=True),
         ]
 
@@ -157,27 +136,22 @@ class Decoder(nn.Module):
         dim, parts = config.dim, config.parts
         self.conv_in = FrameConv(config.latent_channels, 8 * dim)
         self.middle = middle(dim, parts)
-        self.stages = nn.ModuleList()
-        for _ in range(3):
-            self.stages.append(ResidualBlock(4 * dim, 4 * dim, parts, two_d=True))
-            if parts.motion_perception:
-                self.stages.append(AttentionBlock(4 * dim, branches=parts.branches))
+        self.stages = nn.ModuleList(coarse_stages(3, dim, parts))
         self.stages.append(Upsample(4 * dim, double_time=True, branches=parts.branches))
         for width_in, width, double_time in ((2 * dim, 4 * dim, True), (2 * dim, 2 * dim, False)):
-            self.stages.append(ResidualBlock(width_in, width, parts))
-            self.stages.extend(ResidualBlock(width, width, parts) for _ in range(2))
+            self.stages.append(block(width_in, width, parts))
+            self.stages.extend(block(width, width, parts) for _ in range(2))
             self.stages.append(Upsample(width, double_time=double_time, branches=parts.branches))
-        self.stages.extend(ResidualBlock(dim, dim, parts) for _ in range(3))
+        self.stages.extend(block(dim, dim, parts) for _ in range(3))
         self.norm_out = RMSNorm(2 * dim, halves=parts.branches, dims=3)
         self.conv_out = PixelConv(2 * dim, parts=parts)
 
     def steps(self) -> list[Step]:
         """(b, z, 1, h, w) to (b, 3, 1 or 4, 8h, 8w): one frame for the first latent, four for a later one."""
         return [
-            Step(layer=self.conv_in, reach=NEIGHBOURS, whole=True),
-            *steps_of(self.middle),
-            *steps_of(self.stages),
-            Step(layer=self.conv_out, reach=NEIGHBOURS, norm=self.norm_out),
+            Step(layer=self.conv_in, whole=True),
+            *steps_of((*self.middle, *self.stages)),
+            Step(layer=self.conv_out, norm=self.norm_out),
         ]
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .stream import is_out_of_memory
+from ..run.stream import is_out_of_memory
 
 MOST_PINNED = 2**29  # bytes of one buffer of page-locked RAM, which nothing else can use; larger chunks go without
 UNIT_DTYPES = (torch.float32, torch.float16)
@@ -56,20 +56,29 @@ class Courier(Protocol):
 
 
 def trimmed(
-    chunks: Iterable[Tensor], overlap: int, frames: int | None, size: tuple[int, int] | None
+    chunks: Iterable[Tensor],
+    overlap: int,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    *,
+    start: int = 0,
+    gone: int = 0,
 ) -> Iterator[Tensor]:
     """Decoded chunks (b, 3, t, h, w), less the `overlap` frames that each repeats of the one before.
 
-    frames, size: of what comes out, None for all; what padding added goes. Raises ValueError where fewer frames come.
+    frames: where to stop, None for the end; size: of what comes out; what padding added goes. start: frames before this
+    one are left out, gone: so many of them never came. Raises ValueError where the clip ends before `frames`.
     """
-    drop, done = 0, 0
+    done = gone
     for y in chunks:
-        y = y[:, :, drop : None if frames is None else drop + frames - done]
-        drop = overlap
+        y = y[:, :, overlap if done else 0 :]
+        first, stop = max(0, start - done), None if frames is None else max(0, frames - done)
         done += y.shape[2]
-        yield y if size is None else y[..., : size[0], : size[1]]
+        y = y[:, :, first:stop]
+        if y.shape[2]:
+            yield y if size is None else y[..., : size[0], : size[1]]
         del y  # not while the next chunk runs
-        if done == frames:
+        if frames is not None and done >= frames:
             return
     if frames is not None:
         raise ValueError(
