@@ -186,6 +186,7 @@ def mutated(data: bytes, chooser: random.Random) -> bytes:
 def reader(kind: str) -> Callable[[Path, int], None]:
     """What reads a file of a kind whole, as the commands do; the number of the file chooses what of it."""
     import torch
+    from PIL import Image
 
     import vae_core
     from vae_core.media.latents import open_latent
@@ -194,6 +195,7 @@ def reader(kind: str) -> Callable[[Path, int], None]:
     from vae_core.weights.files import read_weights, strip_foreign
 
     torch.set_num_threads(1)
+    Image.init()  # what is imported late compiles something
 
     def media(path: Path, number: int) -> None:
         probe(path)

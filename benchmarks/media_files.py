@@ -164,7 +164,7 @@ def by_ffprobe(path: Path) -> list[float]:
 
 def beep_by_ffmpeg(path: Path) -> float:
     """When the beep begins, on the file's own clock."""
-    chain = "aresample=48000:async=1:min_hard_comp=0.01:first_pts=0,pan=mono|c0=c0"
+    chain = "aresample=48000:async=1:min_hard_comp=0.01:first_pts=0,aformat=channel_layouts=mono"
     command = ["ffmpeg", "-v", "error", "-copyts", "-i", str(path), "-map", "0:a:0", "-af", chain, "-f", "f32le", "-"]
     found = subprocess.run(command, capture_output=True, check=True, timeout=120).stdout
     wave = torch.frombuffer(bytearray(found), dtype=torch.float32).abs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+import folder_paths
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -33,6 +35,7 @@ from ..bridge.schema import (
 from ..bridge.truth import check_finite, decoded_facts
 from ..bridge.wire import Facts, rate_of
 from ..latents.files import save_latent
+from ..latents.paths import SUFFIX
 
 DEFAULT_FPS = Fraction(24)  # where neither the latent nor the user says
 CODECS, BITS = ("auto", "h264", "av1", "vp9"), ("8", "10")
@@ -76,12 +79,18 @@ def _latent_kept(latent: dict[str, Any], vae: NativeVideoVAE, *, wanted: bool) -
 
 
 def _rescued(latent: dict[str, Any], vae: NativeVideoVAE) -> str:
-    """Save the latent; a sentence about where it is, or why it is not."""
-    try:
-        _, path = save_latent(None, RESCUED, latent, vae, {})
-    except (OSError, ValueError) as error:
-        return f"The latent could not be saved: {error}"
-    return f"The latent is saved as {path}: Load Video Latent reads it, and nothing need be sampled again."
+    """Save the latent, in the output folder or at least in the temporary one; a sentence about where, or why not."""
+    last = Path(folder_paths.get_temp_directory()) / f"{RESCUED.rpartition('/')[2]}_{time.time_ns()}{SUFFIX}"
+    why = ""
+    for prefix, place in ((RESCUED, None), (RESCUED.rpartition("/")[2], None), ("", last)):
+        try:
+            _, path = save_latent(place, prefix, latent, vae, {})
+        except (OSError, ValueError) as error:
+            why = why or str(error)
+            continue
+        moved = " That folder is emptied when ComfyUI starts: move the file away." if place is not None else ""
+        return f"The latent is saved as {path}: Load Video Latent reads it, and nothing need be sampled again.{moved}"
+    return f"The latent could not be saved: {why}"
 
 
 class Decode(io.ComfyNode):

@@ -29,6 +29,7 @@ from ..bridge.wire import (
     to_video,
 )
 from .paths import check_prefix, listed, listed_path, make_folder, numbered_path, reused_path, subfolder
+from .reuse import ITEM, MADE_BY, item_of_list, made_by, reusable, stamp_of_files
 
 NUMBER, REUSE = "number a new file", "reuse it (do not compute again)"
 LAYOUTS: dict[str, Layout | None] = {"as saved": None, "video 5-D": "video", "clip as frame batch": "frames"}
@@ -36,6 +37,7 @@ _LAYOUT_WORDS = {"frames": "clip as frame batch", "video": "video 5-D", "images"
 _UNKNOWN_FPS = Fraction(24)  # stored where the rate is not known, with the text _FPS_KNOWN beside it
 _FPS_KNOWN = "fps_known"
 _MOST_TEXT = 8 << 20  # characters of workflow in one file
+_MAKERS = ("samples", "vae")
 _CHUNK = 64  # latent frames written at a time
 
 _log = logging.getLogger("cviv-vae")
@@ -50,8 +52,8 @@ class SaveVideoLatent(io.ComfyNode):
             node_id="CVIV_SaveVideoLatent",
             display_name="Save Video Latent",
             description="Saves a latent with its family, frame rate, true length and size, so that a long render is "
-            "safe before it is decoded. 'reuse it' makes a workflow resumable: where the file is there, nothing before "
-            "this node is computed again.",
+            "safe before it is decoded. 'reuse it' makes a workflow resumable: where the same nodes with the same "
+            "settings made the file, nothing before this node is computed again.",
             search_aliases=["save latent", "cache latent", "resume", "export latent"],
             inputs=[
                 field(
@@ -74,9 +76,10 @@ class SaveVideoLatent(io.ComfyNode):
                     "when_file_exists",
                     options=[NUMBER, REUSE],
                     default=NUMBER,
-                    tooltip="number a new file: <prefix>_00001, _00002, ... reuse it: <prefix> without a number; where "
-                    "that file is there, it is given out, and what comes before this node is not computed. To compute "
-                    "again, delete the file or change the name.",
+                    tooltip="number a new file: <prefix>_00001, _00002, ... reuse it: where a file of this name was "
+                    "made by the same nodes, settings and input files, it is given out, and what comes before this "
+                    "node is not computed; else it is, and saved as <prefix>, or with a number where that is taken. Of "
+                    "a list each item has its own file. To compute again, delete the file or change the name.",
                 ),
                 field(
                     io.Vae,
@@ -91,7 +94,7 @@ class SaveVideoLatent(io.ComfyNode):
                 io.Latent.Output(display_name="latent", tooltip="The latent that was saved, or that of the file."),
                 io.String.Output(display_name="path", tooltip="Path of the file."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
         )
 
@@ -101,14 +104,17 @@ class SaveVideoLatent(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        return stamp(reused_path, inputs.get("filename_prefix")) if inputs.get("when_file_exists") == REUSE else ""
+        prefix = inputs.get("filename_prefix")
+        return stamp_of_files(prefix) if inputs.get("when_file_exists") == REUSE and prefix is not None else ""
 
     @classmethod
     def check_lazy_status(cls, **inputs: Any) -> list[str]:
         check_choice("when_file_exists", inputs["when_file_exists"], (NUMBER, REUSE))
         check_prefix(inputs["filename_prefix"])  # before anything is computed for a name that is refused
-        if inputs["when_file_exists"] == REUSE and reused_path(inputs["filename_prefix"]).exists():
-            return []
+        if inputs["when_file_exists"] == REUSE:
+            there = reusable(inputs["filename_prefix"], made_by(cls.hidden, _MAKERS))
+            if list(there) == [0]:  # of a list all items are needed, for nobody else knows how many there are
+                return []
         latent = inputs.get("samples")
         if latent is None:
             return ["samples"]
@@ -118,15 +124,25 @@ class SaveVideoLatent(io.ComfyNode):
     def execute(
         cls, filename_prefix: str, when_file_exists: str, samples: Any = None, vae: Any = None
     ) -> io.NodeOutput:
-        path = reused_path(filename_prefix) if when_file_exists == REUSE else None
-        if path is not None and path.exists():
-            latent = _reuse(path)
-            show_text(f"Read from {path.name}; nothing before this node was computed.", cls.hidden.unique_id)
-        else:
-            latent, path = save_latent(path, filename_prefix, samples, vae, _workflow(cls.hidden))
-            show_text(f"Saved as {path.name}.", cls.hidden.unique_id)
-        result = {"filename": path.name, "subfolder": subfolder(path), "type": "output"}
-        return io.NodeOutput(latent, str(path), ui={"latents": [result]})
+        texts, path, kept = _workflow(cls.hidden), None, False
+        if when_file_exists == REUSE:
+            made, item, first = made_by(cls.hidden, _MAKERS), item_of_list(), reused_path(filename_prefix)
+            path = reusable(filename_prefix, made).get(item)
+            if path is None and samples is None:
+                raise ValueError(f"{first.name} went away while this ran: run it again.")
+            if path is not None:
+                latent = _reuse(path)
+                words = "; nothing before this node was computed" if samples is None else ""
+                show_text(f"Read from {path.name}{words}.", cls.hidden.unique_id)
+                return _result(latent, path)
+            kept = first.exists() and item == 0
+            path = None if first.exists() else first
+            if made is not None:
+                texts |= {MADE_BY: made, ITEM: str(item)}
+        latent, path = save_latent(path, filename_prefix, samples, vae, texts)
+        others = "; the files of this name that other inputs made are kept" if kept else ""
+        show_text(f"Saved as {path.name}{others}.", cls.hidden.unique_id)
+        return _result(latent, path)
 
 
 class LoadVideoLatent(io.ComfyNode):
@@ -198,6 +214,11 @@ class LoadVideoLatent(io.ComfyNode):
         z, meta = opened.read(first_latent, count), opened.part_meta(first_latent, count)
         latent = _to_wire(z, meta, LAYOUTS[layout])
         return io.NodeOutput(latent, float(meta.fps), _info(file, opened, meta, z, first_latent))
+
+
+def _result(latent: dict[str, Any], path: Path) -> io.NodeOutput:
+    result = {"filename": path.name, "subfolder": subfolder(path), "type": "output"}
+    return io.NodeOutput(latent, str(path), ui={"latents": [result]})
 
 
 def save_latent(

@@ -113,7 +113,13 @@ def _roots() -> dict[str, Path]:
 
 def _files(name: str, root: Path) -> Iterator[tuple[float, str]]:
     """(time of the last change, label) of the latent files below `root`."""
-    for folder, _, files in os.walk(root):
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder around it
+            folders.clear()
+            continue
+        seen.add(real)
         below = Path(folder).relative_to(root)
         for file in files:
             ending = ".safetensors" if _FOLDER in below.parts else SUFFIX
@@ -142,16 +148,14 @@ def _below_output(prefix: str, width: int, height: int, ending: str) -> Path:
     root = Path(folder_paths.get_output_directory())
     path = root.joinpath(*folders, name + ending)
     if not inside(path, root):
-        raise ValueError(
-            f"The file name {prefix[:200]!r} leads out of the output folder through a link: choose another."
-        )
+        raise ValueError(f"The file name {prefix[:200]!r} leads out of the output folder: choose another.")
     return path
 
 
 def inside(path: Path, root: Path) -> bool:
-    """Whether `path`, links followed, lies below `root`."""
+    """Whether `path` lies below `root`. Links are the user's own: a folder may lie on another disk."""
     try:
-        real, top = os.path.realpath(path), os.path.realpath(root)
-        return os.path.commonpath((real, top)) == top
+        place, top = os.path.abspath(path), os.path.abspath(root)
+        return os.path.commonpath((place, top)) == top
     except (OSError, ValueError):  # two drives of Windows
         return False

@@ -144,17 +144,18 @@ class Comfy:
         self.run(prompt, executor)
         return tuple(self.taken.pop(key) for key in keys)
 
-    def give(self, prompt: Prompt, value: Any) -> list[Any]:
-        """Add a node that outputs `value`; returns the link to it."""
+    def give(self, prompt: Prompt, value: Any, *, each: bool = False) -> list[Any]:
+        """Add a node that outputs `value`, or each item of it as one of a list; returns the link to it."""
         key = f"given-{next(_names)}"
         self.given[key] = value
-        prompt[key] = {"class_type": "TestGive", "inputs": {"key": key}}
+        prompt[key] = {"class_type": "TestGiveEach" if each else "TestGive", "inputs": {"key": key}}
         return [key, 0]
 
-    def take(self, prompt: Prompt, link: list[Any]) -> str:
-        """Add a node that keeps what arrives through `link`; returns the key in `taken`."""
+    def take(self, prompt: Prompt, link: list[Any], *, each: bool = False) -> str:
+        """Add a node that keeps what arrives through `link`, or all items of it; returns the key in `taken`."""
         key = f"taken-{next(_names)}"
-        prompt[key] = {"class_type": "TestTake", "inputs": {"value": link, "key": key}}
+        kind = "TestTakeEach" if each else "TestTake"
+        prompt[key] = {"class_type": kind, "inputs": {"value": link, "key": key}}
         return key
 
 
@@ -168,7 +169,7 @@ class _AnyType(str):
 
 
 def _test_nodes(comfy: Comfy) -> dict[str, type]:
-    """Two nodes that carry objects of the tests into and out of a graph."""
+    """Nodes that carry objects of the tests into and out of a graph."""
     any_type = _AnyType("*")
 
     class Give:
@@ -197,7 +198,16 @@ def _test_nodes(comfy: Comfy) -> dict[str, type]:
             comfy.taken[key] = value
             return {}
 
-    return {"TestGive": Give, "TestTake": Take}
+    class GiveEach(Give):
+        OUTPUT_IS_LIST = (True,)
+
+    class TakeEach(Take):
+        INPUT_IS_LIST = True
+
+        def execute(self, value: Any, key: Any) -> dict[str, Any]:
+            return super().execute(value, key[0])
+
+    return {"TestGive": Give, "TestTake": Take, "TestGiveEach": GiveEach, "TestTakeEach": TakeEach}
 
 
 def start(base: Path) -> Comfy:

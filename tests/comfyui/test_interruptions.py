@@ -201,6 +201,15 @@ def test_a_latent_that_cannot_be_saved_hides_no_error(
     monkeypatch.setattr(comfy.pack("nodes.clips.decode"), "RESCUED", "taken/undecoded")
     (comfy.base / "output" / "taken").touch()
     _break(monkeypatch, vae, RuntimeError("a kernel is missing"))
+    with pytest.raises(NodeError, match=r"a kernel is missing\s+The latent is saved as") as caught:
+        decode(comfy, vae, latent)
+    assert f"{comfy.base / 'output' / 'undecoded_00001.latent.safetensors'}" in str(caught.value)
+    folders = comfy.module("folder_paths")
+    blocked = comfy.base / "output" / "taken"
+    monkeypatch.setattr(folders, "get_output_directory", lambda: str(blocked))
+    with pytest.raises(NodeError, match="is emptied when ComfyUI starts: move the file away"):
+        decode(comfy, vae, latent)
+    monkeypatch.setattr(folders, "get_temp_directory", lambda: str(blocked))
     with pytest.raises(NodeError, match=r"a kernel is missing\s+The latent could not be saved: The folder"):
         decode(comfy, vae, latent)
 

@@ -56,6 +56,7 @@ def files(folder: Path) -> set[str]:
         (("reconstruct",), signal.SIGINT, 130, "Stopped. No unfinished file is left behind."),
         (("encode",), signal.SIGINT, 130, "Stopped. No unfinished file is left behind."),
         (("reconstruct",), signal.SIGTERM, 143, "Ended from outside. No unfinished file is left behind."),
+        (("encode",), signal.SIGHUP, 129, "Ended from outside. No unfinished file is left behind."),
     ],
 )
 def test_a_signal_leaves_no_half_file(

@@ -1,6 +1,8 @@
 """Fetching weights from a real server on this machine: whole, continued, refused, and checked."""
 
+import hashlib
 import http.client
+import json
 import threading
 import urllib.error
 from collections.abc import Callable, Iterator
@@ -10,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vae_core
 from vae_core import CheckpointError
+from vae_core.cli import app as commands
 from vae_core.door import downloads
 from vae_core.door.downloads import OFFICIAL_FILES, DownloadError, check, download, fetch
 from vae_core.door.loading import official_state
@@ -26,6 +30,7 @@ class Site:
     data: bytes = b""
     breaks_at: int | None = None
     knows_ranges: bool = True
+    tag: str = ""
     ranges: list[str | None] = field(default_factory=list)
 
 
@@ -36,6 +41,8 @@ def site() -> Iterator[Site]:
             asked = self.headers.get("Range")
             served.ranges.append(asked)
             begin = int(asked.removeprefix("bytes=").rstrip("-")) if asked and served.knows_ranges else 0
+            if self.headers.get("If-Range", served.tag) != served.tag:
+                begin = 0
             if begin >= len(served.data) and begin:
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(served.data)}")
@@ -43,6 +50,8 @@ def site() -> Iterator[Site]:
                 return
             self.send_response(206 if begin else 200)
             self.send_header("Content-Length", str(len(served.data) - begin))
+            if served.tag:
+                self.send_header("ETag", served.tag)
             self.end_headers()
             self.wfile.write(served.data[begin : served.breaks_at])
 
@@ -92,6 +101,34 @@ def test_a_broken_download_is_continued(site: Site, tmp_path: Path) -> None:
     assert part.read_bytes() == site.data
 
 
+def test_a_download_of_a_file_that_changed_starts_again(site: Site, tmp_path: Path) -> None:
+    site.data, site.breaks_at, site.tag = b"a" * 3_000_000, 2_000_000, '"first"'
+    with pytest.raises(http.client.IncompleteRead):
+        fetch(site.url, tmp_path / "file")
+    site.data, site.breaks_at, site.tag = b"b" * 3_000_000, None, '"second"'
+    assert fetch(site.url, tmp_path / "file") == "second"
+    assert (tmp_path / "file").read_bytes() == site.data
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_came_is_written_down_and_looked_at_again(
+    site: Site, small_official: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.tag = '"a1b2"'
+    path = download(small_official, tmp_path / "models")
+    noted = json.loads((tmp_path / "models" / "ivvae_z4_dim64.pth.source.json").read_text())
+    assert noted["sha256"] == hashlib.sha256(site.data).hexdigest()
+    assert noted["revision"] == "a1b2"
+    said = CliRunner(env={"COLUMNS": "200"}).invoke(commands.app, ["info", str(path)])
+    assert f"SHA-256          {noted['sha256']}, as downloaded (revision a1b2)" in said.stdout
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of some tensor
+    path.write_bytes(content)
+    said = CliRunner(env={"COLUMNS": "200"}).invoke(commands.app, ["info", str(path)])
+    assert said.exit_code == 2
+    assert "is not what was downloaded: its SHA-256 is" in said.stderr
+
+
 def test_a_server_without_ranges_starts_again(site: Site, tmp_path: Path) -> None:
     site.data, site.knows_ranges = b"new contents" * 1000, False
     (tmp_path / "file").write_bytes(b"old")
@@ -110,7 +147,7 @@ def test_a_download_is_checked_and_gets_its_name(site: Site, small_official: str
     folder = tmp_path / "models" / "vae"
     path = download(small_official, folder)
     assert path == folder / "ivvae_z4_dim64.pth"
-    assert [entry.name for entry in folder.iterdir()] == [path.name]
+    assert sorted(entry.name for entry in folder.iterdir()) == [path.name, f"{path.name}.source.json"]
     assert vae_core.load(path).info.latent_channels == 4
     asked = len(site.ranges)
     assert download(small_official, folder) == path  # it is there: checked, not fetched
@@ -177,7 +214,7 @@ def test_hugging_face_is_asked_the_same_way(
     path = download("vae3d_v1-1", tmp_path / "models", report=lambda here, total: seen.append((here, total)))
     assert path.name == "cv-vae_vae3d_v1-1.safetensors"
     assert path.read_bytes() == site.data
-    assert list((tmp_path / "models").iterdir()) == [path]
+    assert sorted((tmp_path / "models").iterdir()) == [path, path.with_name(f"{path.name}.source.json")]
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from vae_core.cli.work import Form, open_clip
 from vae_core.errors import VideoError
 from vae_core.media.rates import constant_rate, on_grid, snapped
+from vae_core.media.sound import read_sound
 from vae_core.media.video import frame_times, read_frames, timeline_of
 from vae_core.training.clip_decoding import random_clip
 from vae_core.training.clip_files import ClipFile
@@ -117,6 +118,32 @@ def test_rates_are_those_that_were_meant() -> None:
     after_a_gap = [0, *range(2, 50)]  # in an AVI file, whose unit is one frame
     assert constant_rate(after_a_gap, Fraction(1, 24), [Fraction(24)]) == (24, False)
     assert constant_rate(list(range(50)), Fraction(1, 24), [Fraction(24)]) == (24, True)
+
+
+def test_an_even_grid_without_end_is_refused() -> None:
+    with pytest.raises(VideoError, match="The time stamps are damaged"):
+        on_grid([Fraction(0), Fraction(10**9)], Fraction(10**9 + 1), Fraction(25))
+
+
+def test_sound_that_a_damaged_stamp_puts_hours_away_is_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "source.ts"
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        sound = container.add_stream("mp2", rate=48000, layout="mono")
+        for index in range(25):
+            frame = av.VideoFrame(64, 48, "yuv420p")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        for number in range(20):
+            block = av.AudioFrame.from_ndarray(np.full((1, 1152), 9000, np.int16), "s16", "mono")
+            block.sample_rate, block.pts = 48000, 1152 * number + (number > 9) * 48000 * 20000
+            container.mux(sound.encode(block))
+    timeline = timeline_of(source)
+    found = read_sound(source, timeline.time(0), None, timeline.shifts)
+    assert found is not None
+    assert found.samples.shape[1] == pytest.approx(11520, abs=1200)
 
 
 def test_an_even_grid_drops_and_repeats_so_that_times_stay() -> None:

@@ -1,5 +1,7 @@
 """The commands."""
 
+import io
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..door.downloads import OFFICIAL_FILES, download
+from ..door.downloads import OFFICIAL_FILES, changed_since, download
 from ..door.loading import DEMO_FOLDER, load
 from ..door.vae import VideoVAE
 from ..media.latents import SOUND_ENDING, LatentFile, open_latent, sound_name
@@ -88,6 +90,9 @@ app.command("train-svd-adapter")(train_svd_adapter_command)
 
 def run() -> None:
     """Run the command line; ends in SystemExit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console's code page lacks most of the world's letters
     app(prog_name="cviv-vae")
 
 
@@ -121,7 +126,9 @@ def info(
         say(video_block(file))
     else:
         vae = load(str(file), dtype=None)
-        say(f"{file}\n{vae.info}\nstored as        {name_of(vae.dtype)}")
+        origin = changed_since(file) if file.is_file() else ""
+        sha = f"\nSHA-256          {origin}" if origin else ""
+        say(f"{file}\n{vae.info}\nstored as        {name_of(vae.dtype)}{sha}")
 
 
 @app.command("encode")

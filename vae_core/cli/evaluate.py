@@ -95,7 +95,7 @@ def evaluate_command(
         raise UserError(f"{output} is a file; give a folder with -o.")
     asked = _protocol(protocol, size, frames, stride, start)
     where, kind = device_and_dtype(dtype, device)
-    found = find_videos(videos)
+    found = find_videos(videos, without=output)
     tiles = None if tile_px is None else _checked(ReferencePlan, tile_px)
     names = [*(vae or ["demo-cv-vae"]), *([BASELINE] if baseline else [])]
     _check_vaes(names)
@@ -119,6 +119,9 @@ def evaluate_command(
             )  # fmt: skip
         except ValueError as error:
             raise UserError(str(error)) from error
+    for text in outcome.notes:
+        if text not in networks.missing:
+            note(text)
     files = [write_page(outcome, output, clips=clips), *write_tables(outcome, output)]
     out.print(_table(outcome))
     for path in files:
@@ -149,7 +152,7 @@ def build_set_command(
 
     if (output / MANIFEST).exists() and not overwrite:
         raise UserError(f"{output / MANIFEST} exists already; add --overwrite to replace it, or choose another -o.")
-    found = find_videos(videos)
+    found = find_videos(videos, without=output)
     with _spinner() as (bar, task):
         built = build_set(
             found, output, count=count, size=_size(size), frames=frames, per_video=per_video, crf=crf,

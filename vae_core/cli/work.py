@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import LONGEST_NAME
+from ..door.output import NotFiniteError
 from ..door.vae import VideoVAE
 from ..errors import LatentFileError, VideoError
 from ..media.audio import SIDECAR_START, save_sound
@@ -236,6 +237,18 @@ def decode(
     vae: VideoVAE, file: LatentFile, paths: list[Path], form: Form, *, sound: Path | None, advance: Advance
 ) -> list[str]:
     """Write the videos of a latent file, with the sound at `sound`; returns what did not come through as it was."""
+    try:
+        return _decode(vae, file, paths, form, sound, advance)
+    except NotFiniteError as error:  # the latent itself has been looked at
+        raise UserError(
+            f"Decoding gives NaN or infinity in chunk {error.chunk} of the video. {_remedy(vae.dtype)} Nothing was "
+            "written."
+        ) from error
+
+
+def _decode(
+    vae: VideoVAE, file: LatentFile, paths: list[Path], form: Form, sound: Path | None, advance: Advance
+) -> list[str]:
     meta = file.meta
     size = meta.height, meta.width
     with contextlib.ExitStack() as stack:
@@ -257,7 +270,9 @@ def decode(
 def _deep(vae: VideoVAE, file: LatentFile, size: tuple[int, int]) -> Iterator[Tensor]:
     """(b, 3, t, h, w) in [-1, 1], for files of more than 8 bits."""
     left = file.meta.frames
-    for chunk in vae.decode_stream(file.chunks(), size=size):
+    for number, chunk in enumerate(vae.decode_stream(file.chunks(), size=size)):
+        if not torch.isfinite(chunk).all():
+            raise NotFiniteError(number)
         if left > 0:
             yield chunk[:, :, :left].float().cpu()
         left -= chunk.shape[2]

@@ -30,7 +30,9 @@ from ..weights.files import SUFFIXES
 from .shards import (
     SUFFIX,
     ClipInfo,
+    EncodeJobError,
     ShardFormat,
+    check_finite,
     read_info,
     read_json,
     write_bytes,
@@ -43,10 +45,6 @@ logger = logging.getLogger("cviv_vae.dataset")
 VERSION = 1
 CHUNK = 4  # frames that are read at once
 Progress = Callable[["Counts"], None]
-
-
-class EncodeJobError(ValueError):
-    """The job cannot be done, or not into this folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,9 +347,10 @@ def encode_clip(
             yield torch.cat(held, dim=2)
 
     seed = settings.seed
-    generator = None if seed is None else torch.Generator().manual_seed(seed * 10**8 + int(identity))
+    generator = None if seed is None else torch.Generator().manual_seed((seed * 10**8 + int(identity)) % 2**63)
     stream = vae.encode_stream(chunks(), pad=True, sample=seed is not None, generator=generator)
     latent = torch.cat([chunk.cpu() for chunk in stream], dim=2)[0].to(settings.stored)  # z t h w
+    check_finite(latent, file.name, vae.dtype)
     info = ClipInfo(
         id=identity,
         key=key,

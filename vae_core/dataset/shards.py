@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ..atomic import atomic_write
@@ -19,6 +20,10 @@ from ..weights.headers import open_safetensors, read_header
 ShardFormat = Literal["safetensors", "webdataset"]
 SUFFIX: dict[ShardFormat, str] = {"safetensors": ".safetensors", "webdataset": ".tar"}
 TENSOR = "latent"
+
+
+class EncodeJobError(ValueError):
+    """The job cannot be done, or not into this folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,18 @@ class ClipInfo:
     width: int
     fps: str
     damage: str = ""
+
+
+def check_finite(latent: Tensor, name: object, computed: torch.dtype) -> None:
+    """Raise EncodeJobError where a latent (z, t, h, w), computed in another type, holds values that are no numbers."""
+    if not torch.isfinite(latent).all():
+        narrow = torch.float16 in (latent.dtype, computed)
+        remedy = (
+            "float16 overflows with these weights: choose --dtype bfloat16 or float32, and --store other than float16."
+            if narrow
+            else "The weights are damaged or were trained to nothing: use other weights."
+        )
+        raise EncodeJobError(f"{name}: encoding gives NaN or infinity. {remedy} What was finished before is kept.")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

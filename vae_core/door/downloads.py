@@ -1,8 +1,10 @@
 """Fetching the official weights: from their authors' pages, resumable, checked before they get their name."""
 
 import contextlib
+import hashlib
 import http
 import http.client
+import json
 import os
 import re
 import urllib.error
@@ -11,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic import give_name
+from ..atomic import atomic_write, give_name
 from ..errors import CheckpointError
 from .loading import load
 
@@ -109,8 +111,9 @@ def download(name: str, folder: str | os.PathLike[str], *, report: Report | None
     """Fetch one of `OFFICIAL_FILES` into `folder`, which is made, and return its path there.
 
     A file already there is checked and not fetched again. What arrived before an interruption is kept in a hidden
-    `.part` in that folder and continued. Before it gets its name the file is opened and every tensor's name and shape
-    compared with the published model. `report` is called with (bytes here, bytes in all or None).
+    `.part` in that folder and continued, as long as the file there is the same. Before it gets its name the file is
+    opened and every tensor's name and shape compared with the published model. Where it came from, its revision and its
+    SHA-256 are written beside it, for `changed_since`. `report` is called with (bytes here, bytes in all or None).
 
     Raises CheckpointError for an unknown name or for a file that is not the published model, `DownloadError` when it
     cannot be fetched, OSError when the disk is full.
@@ -126,8 +129,8 @@ def download(name: str, folder: str | os.PathLike[str], *, report: Report | None
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".part.{target.name}")  # its ending tells how it is read
     try:
-        fetch(official.url, part, report=report)
-        _accept(part, target, official)
+        revision = fetch(official.url, part, report=report)
+        _accept(part, target, official, revision)
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         if made:
             with contextlib.suppress(OSError):
@@ -151,15 +154,49 @@ def _model(family: str, latent_channels: int, parameters: int) -> str:
     return f"{family} with {latent_channels} latent channels and {parameters:,} parameters"
 
 
-def fetch(url: str, part: Path, *, report: Report | None = None) -> None:
+def changed_since(path: Path) -> str:
+    """A sentence on whether `path` is what was downloaded; "" where nothing was written down about that.
+
+    Raises CheckpointError where it is not.
+    """
+    try:
+        noted: dict[str, str] = json.loads(_note_of(path).read_text(encoding="utf-8"))
+        wanted, revision = noted["sha256"], noted["revision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    found = _sha256(path)
+    if found != wanted:
+        raise CheckpointError(
+            f"{path} is not what was downloaded: its SHA-256 is {found[:16]}..., and was {wanted[:16]}...; delete it "
+            "and download again."
+        )
+    return f"{wanted}, as downloaded{f' (revision {revision})' if revision else ''}"
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.source.json")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(url: str, part: Path, *, report: Report | None = None) -> str:
     """Stream `url` to `part`, continuing where an earlier attempt ended; complete when this returns.
+
+    Returns the revision that the server names, else its tag of the file, else "".
 
     Raises urllib.error.URLError, http.client.HTTPException, TimeoutError or ConnectionError when it breaks off.
     """
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "cviv-vae", "Accept-Encoding": "identity"}
+    tag = part.with_name(f"{part.name}.tag")
+    known = tag.read_text(encoding="utf-8") if have and tag.exists() else ""
     if have:
         headers["Range"] = f"bytes={have}-"
+        if known:
+            headers["If-Range"] = known  # of another file, all is sent
     try:
         answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -167,11 +204,16 @@ def fetch(url: str, part: Path, *, report: Report | None = None) -> None:
             raise
         if error.headers.get("Content-Range", "").rsplit("/", 1)[-1] != str(have):
             part.unlink()  # of another file than the one there now
-            fetch(url, part, report=report)
-        return
+            return fetch(url, part, report=report)
+        tag.unlink(missing_ok=True)
+        return known.strip('"')
     with answer:
         if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
             have = 0
+        named = answer.headers.get("ETag", "")
+        if named.startswith('"') and not have:
+            tag.write_text(named, encoding="utf-8")
+        revision = answer.headers.get("X-Repo-Commit") or named.strip('"')
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length is not None else None
         with part.open("ab" if have else "wb") as file:
@@ -182,15 +224,20 @@ def fetch(url: str, part: Path, *, report: Report | None = None) -> None:
                     report(have, total)
     if total is not None and have < total:
         raise http.client.IncompleteRead(b"", total - have)
+    tag.unlink(missing_ok=True)
+    return revision
 
 
-def _accept(part: Path, target: Path, official: OfficialFile) -> None:
+def _accept(part: Path, target: Path, official: OfficialFile, revision: str) -> None:
     try:
         check(part, official)
     except CheckpointError as error:
         with contextlib.suppress(OSError):
             part.unlink()
         raise CheckpointError(f"What was downloaded is not {official.name}, and was deleted: {error}") from error
+    noted = {"from": official.url, "revision": revision, "sha256": _sha256(part)}
+    with atomic_write(_note_of(target)) as note:
+        note.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
     give_name(part, target)
 
 

@@ -35,11 +35,15 @@ Watch = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks that are at hand. missing: for each that is not, one sentence that says what to do."""
+    """The networks that are at hand. missing: for each that is not, one sentence that says what to do. lpips_file,
+    video_file: a hash of the file that each came from, "" where it came from none.
+    """
 
     lpips: LPIPS | None = None
     video: VideoFeatures | None = None
     missing: tuple[str, ...] = ()
+    lpips_file: str = ""
+    video_file: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,10 @@ class ClipFigures:
     phases: dict[str, list[float]]
     heat: Tensor
     features: tuple[Tensor, Tensor] | None
+
+
+class NotNumbersError(ValueError):
+    """A result holds NaN or infinity: the end of a sentence that begins with the name of the VAE."""
 
 
 @dataclass
@@ -136,7 +144,7 @@ def measure(
     """Send a stream through `reconstruct` and both through the meters; returns the number of frames.
 
     Holds the frames that were read and did not come back yet. watch: called with (index of the first, originals,
-    reconstructions) for every chunk. Raises ValueError where fewer frames come back.
+    reconstructions) for every chunk. Raises ValueError where fewer frames come back, or values that are no numbers.
     """
     waiting, done = deque[Tensor](), 0
 
@@ -152,6 +160,11 @@ def measure(
                 continue
             source = torch.stack([waiting.popleft() for _ in range(count)], dim=2)  # 1 c t h w
             result = chunk[:, :, :count].float().cpu()
+            if not torch.isfinite(result).all():
+                raise NotNumbersError(
+                    f"gives NaN or infinity between frames {done} and {done + count - 1}; in float16 choose another "
+                    "precision, else the weights are damaged."
+                )
             meters.update(result, source)
             if watch is not None:
                 watch(done, source, result)

@@ -54,17 +54,31 @@ def find_networks(
     )
     if found is not None:
         found.to(device)
-    return Networks(lpips=found, video=features, missing=tuple(missing))
+    return Networks(
+        lpips=found,
+        video=features,
+        missing=tuple(missing),
+        lpips_file="" if found is None or file is None else _hash(file),
+        video_file="" if features is None or video is None else _hash(video),
+    )
 
 
 def fetch_alexnet(folder: Path) -> Path:
     """Download torchvision's AlexNet and check it; returns the file. Raises DownloadError."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / ALEXNET) as part:
-        fetch(ALEXNET_PAGE, part)
+        try:
+            fetch(ALEXNET_PAGE, part)
+        finally:
+            part.with_name(f"{part.name}.tag").unlink(missing_ok=True)
         if not hashlib.sha256(part.read_bytes()).hexdigest().startswith(ALEXNET.removesuffix(".pth").rsplit("-", 1)[1]):
             raise DownloadError(f"{ALEXNET_PAGE} came damaged; try again.")
     return folder / ALEXNET
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _cached(folder: Path, names: tuple[str, ...]) -> Path | None:

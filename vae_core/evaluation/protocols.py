@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import VideoError
+from ..media.pictures import PICTURE_SUFFIXES, is_picture
 from ..media.video import read_frames
+from .records import LINES, PARTS
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
 
@@ -47,8 +49,13 @@ class Protocol:
     def read(self, path: Path) -> Iterator[Tensor]:
         """The clip of a video, in (1, 3, t, h, w) chunks in [-1, 1].
 
-        Raises VideoError where the video is no video, is damaged or ends too early.
+        A picture is a clip of one frame, whatever is asked for. Raises VideoError where the video is no video, is
+        damaged or ends too early.
         """
+        if is_picture(path):
+            for picture in read_frames(path, 0, 1):
+                yield picture if self.size is None else cover(picture, self.size)
+            return
         count = 0
         last = None if self.frames is None else 1 + (self.frames - 1) * self.stride
         at = 0
@@ -94,21 +101,28 @@ def cover(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return flat.unflatten(0, (frames.shape[0], frames.shape[2])).transpose(1, 2).contiguous()
 
 
-def find_videos(sources: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
+def find_videos(sources: Iterable[str | os.PathLike[str]], without: Path | None = None) -> dict[str, Path]:
     """Videos by a name that is theirs alone: files as given, folders searched through, `.txt` lists read line by line.
 
-    Hidden files are passed over. Raises VideoError for a place that does not exist or holds no video.
+    Of a folder without videos the pictures are taken. Hidden files are passed over, those of reports, and those in the
+    folder `without`, which holds results. Raises VideoError for a place that does not exist or holds none, and a list
+    that is no text.
     """
     found: dict[str, Path] = {}
+    results = None if without is None else without.resolve()
     for source in map(Path, sources):
         if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-            files = [(path.relative_to(source).as_posix(), path) for path in inside if not path.name.startswith(".")]
+            here = [path for path in sorted(source.rglob("*")) if not path.name.startswith(".")]
+            here = [path for path in here if results is None or results not in path.resolve().parents]
+            here = [path for path in here if not (path.parent.name == PARTS and (path.parents[1] / LINES).exists())]
+            inside = [path for path in here if path.suffix.lower() in SUFFIXES] or [
+                path for path in here if path.suffix.lower() in PICTURE_SUFFIXES
+            ]
+            files = [(path.relative_to(source).as_posix(), path) for path in inside]
             if not files:
-                raise VideoError(f"{source}: holds no video ({', '.join(SUFFIXES)}).")
+                raise VideoError(f"{source}: holds no video ({', '.join(SUFFIXES)}) and no picture.")
         elif source.suffix.lower() == ".txt" and source.is_file():
-            lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-            files = [(line, source.parent / line) for line in lines]
+            files = [(line, source.parent / line) for line in _lines(source)]
         elif source.exists():
             files = [(source.name, source)]
         else:
@@ -117,6 +131,13 @@ def find_videos(sources: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
             unique = name if name not in found else path.as_posix()
             found[unique] = path
     return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise VideoError(f"{path}: is no list in UTF-8; save it in that encoding.") from None
 
 
 def whole(chunks: Iterable[Tensor]) -> Tensor:

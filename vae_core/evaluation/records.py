@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LINES = "results.jsonl"
+LINES, PARTS = "results.jsonl", "parts"  # the lines, and the folder of what pages show
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Every VAE over every video, one at a time, and what remains of it on the disk."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,12 @@ from torch import Tensor
 from ..errors import VideoError
 from ..media.video import VideoWriter, to_uint8
 from ..metrics import latent_compatibility
+from ..metrics.frames import MS_SSIM_LEAST_SIDE
 from ..run.tiling import ReferencePlan
-from .candidates import Candidate, Choice, DiffusersImages, Native, borders_of
-from .measure import ClipMeters, Networks, Pictures, measure
+from .candidates import TILED, Candidate, Choice, DiffusersImages, Native, borders_of
+from .measure import ClipMeters, Networks, NotNumbersError, Pictures, measure
 from .protocols import Protocol
-from .records import Record, Records, pack
+from .records import PARTS, Record, Records, pack
 
 Progress = Callable[[str, str, int], None]  # video, VAE, frames that were just done
 METERS = 1  # raised when a meter changes: results of older ones do not stand in one table with new ones
@@ -83,6 +85,8 @@ def evaluate(
             except VideoError as error:
                 outcome.broken[name] = str(error)
                 continue
+            except NotNumbersError as error:
+                raise ValueError(f"{choice.name} {error} ({name})") from error
             records.add(record)
             outcome.measured += 1
         del candidate
@@ -93,7 +97,28 @@ def evaluate(
         for vae in names
         if (name, vae) in records.known
     ]
+    outcome.notes += _limits(outcome, tiles or ReferencePlan())
     return outcome
+
+
+def _limits(outcome: Outcome, tiles: ReferencePlan) -> list[str]:
+    """Sentences on figures that are not of all videos, and tiles that there were not."""
+    first = [record for record in outcome.records if record.vae == outcome.names[0]]
+    small = sum(math.isnan(record.figures["ms_ssim"]) for record in first)
+    said: list[str] = []
+    if 0 < small < len(first):
+        said.append(
+            f"MS-SSIM is the mean of {len(first) - small} of {len(first)} videos: it needs sides of "
+            f"{MS_SSIM_LEAST_SIDE} pixels or more."
+        )
+    for name in (name for name in outcome.names if name.endswith(TILED)):
+        whole = [record for record in outcome.records if record.vae == name and max(record.size) <= tiles.tile_px]
+        if whole:
+            said.append(
+                f"{name}: {len(whole)} of {len(first)} videos are no larger than a tile of {tiles.tile_px} px and were "
+                "not cut; a smaller --tile-px would."
+            )
+    return said
 
 
 def _records(
@@ -108,8 +133,8 @@ def _records(
     settings: dict[str, Any] = {
         "meters": METERS,
         "protocol": str(protocol),
-        "lpips": networks.lpips.kind if networks.lpips is not None else "none",
-        "fvd": "I3D" if networks.video is not None else "none",
+        "lpips": "none" if networks.lpips is None else f"{networks.lpips.kind} {networks.lpips_file}".strip(),
+        "fvd": "none" if networks.video is None else f"I3D {networks.video_file}".strip(),
         "seams": "by size" if tiles is None else f"{tiles.tile_px} px, overlap {tiles.overlap}",
         "image_vae": "none" if image_vae is None else "given",
     }
@@ -172,19 +197,19 @@ class _Job:
 
     def _keep(self, shown: Pictures, heat: Tensor) -> dict[str, str]:
         """Write the pictures of this pair; returns their names within the folder."""
-        parts = self.folder / "parts"
+        parts = self.folder / PARTS
         parts.mkdir(exist_ok=True)
         stem = hashlib.sha256(f"{self.name}\0{self.vae}".encode()).hexdigest()[:16]
-        kept = {"heat": f"parts/{stem}.npy"}
+        kept = {"heat": f"{PARTS}/{stem}.npy"}
         np.save(self.folder / kept["heat"], heat.numpy().astype(np.float32))
         if shown.worst is not None:
-            kept["worst"] = f"parts/{stem}.png"
+            kept["worst"] = f"{PARTS}/{stem}.png"
             _, _, original, reconstruction = shown.worst
             beside = to_uint8(torch.cat([original, reconstruction], dim=-1)).permute(1, 2, 0)
             Image.fromarray(beside.contiguous().numpy()).save(self.folder / kept["worst"])
         if len(shown.beside) > 1:
-            kept["clip"] = f"parts/{stem}.mp4"
-            kept["poster"] = f"parts/{stem}.jpg"
+            kept["clip"] = f"{PARTS}/{stem}.mp4"
+            kept["poster"] = f"{PARTS}/{stem}.jpg"
             first = shown.beside[0].permute(1, 2, 0).contiguous().numpy()
             Image.fromarray(first).save(self.folder / kept["poster"], quality=85)
             height, width = shown.beside[0].shape[-2:]

@@ -22,7 +22,7 @@ from av.packet import Packet
 
 from ..atomic import atomic_write
 from .opening import media_url, open_media, sound_stream
-from .scanning import moved
+from .scanning import moved_sound
 from .sound import LAYOUTS, Sound, finely_timed
 from .timeline import Shifts
 
@@ -129,7 +129,7 @@ class AudioTrack:
         lead = _LEAD_IN if self._starts_at_beginning(stream) else Fraction(0)
         last: int | None = None
         with contextlib.suppress(FFmpegError):  # a damaged container ends here, the picture is written all the same
-            for packet in moved(self._input, stream, self._shifts):
+            for packet in moved_sound(self._input, stream, self._shifts):
                 if packet.pts is None:
                     continue
                 time = packet.pts * packet.time_base

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from statistics import median_low
 
+from ..errors import VideoError
+
 HALF = Fraction(1, 2)
 USUAL = tuple(
     sorted(
@@ -18,6 +20,7 @@ USUAL = tuple(
 _NEAR = Fraction(1, 2000)  # of a rate: closer than this, a usual one is meant (23.976 and 24 are twice as far apart)
 _FASTEST = Fraction(1000)
 _STUMBLES = Fraction(1, 25)  # of the frames
+_MOST_FRAMES = 10**7  # of an even grid
 
 
 def snapped(rate: Fraction) -> Fraction:
@@ -84,10 +87,15 @@ def on_grid(times: Sequence[Fraction], end: Fraction, fps: Fraction, first: int 
     """For each frame of an even grid from times[0] up to `end`, the number of the frame that is shown then.
 
     first: number of the frame at times[0]. Each frame goes to the nearest place of the grid and is shown up to that of
-    the next one; of two frames at one place, the later one is shown.
+    the next one; of two frames at one place, the later one is shown. Raises VideoError for more than 10^7 frames.
     """
     places = [round((time - times[0]) * fps) for time in times]
     length = max(places[-1] + 1, round((end - times[0]) * fps))
+    if length > _MOST_FRAMES:
+        raise VideoError(
+            f"{len(times)} frames are said to be shown over {float(end - times[0]):g} s, which is {length} frames at "
+            f"{float(fps):g} per second; {_MOST_FRAMES} are the most. The time stamps are damaged: use fewer frames."
+        )
     shown = [first] * length
     for number, place in enumerate(places):
         stop = places[number + 1] if number + 1 < len(places) else length

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
+import av
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
@@ -102,6 +103,31 @@ def moved(container: InputContainer, stream: Any, shifts: Shifts) -> Iterator[Pa
             if packet.dts is not None:
                 packet.dts += ticks
         yield packet
+
+
+def moved_sound(container: InputContainer, stream: AudioStream, shifts: Shifts) -> Iterator[Packet[AudioStream]]:
+    """As `moved`, up to where a damaged time stamp puts the sound beyond a gap after the end of the picture."""
+    end = None if shifts else _picture_end(container)
+    last: Fraction | None = None
+    for packet in moved(container, stream, shifts):
+        if end is not None and packet.pts is not None:
+            time = packet.pts * packet.time_base
+            if time > end + _AHEAD and (last is None or time > last + _AHEAD):
+                return
+            last = time
+        yield packet
+
+
+def _picture_end(container: InputContainer) -> Fraction | None:
+    """When the picture ends, as the file says; None where it says nothing, or has no picture."""
+    known = [
+        ((stream.start_time or 0) + stream.duration) * stream.time_base
+        for stream in container.streams.video
+        if stream.duration is not None and stream.time_base is not None
+    ]
+    if container.streams.video and container.duration is not None:
+        known.append(Fraction((container.start_time or 0) + container.duration, av.time_base))
+    return min(known, default=None)
 
 
 # ---------------------------------------------------------------------------------------------------- one pass

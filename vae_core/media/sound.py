@@ -18,7 +18,7 @@ from av.error import FFmpegError
 
 from ..errors import VideoError
 from .opening import open_media, sound_stream
-from .scanning import moved
+from .scanning import moved_sound
 from .timeline import Shifts
 
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
@@ -79,7 +79,7 @@ def read_sound(
 def sound_frames(container: InputContainer, stream: AudioStream, shifts: Shifts) -> Iterator[AudioFrame | None]:
     """The decoded sound, then None. A damaged packet is a gap, not the end of the film."""
     with contextlib.suppress(FFmpegError):
-        for packet in moved(container, stream, shifts):
+        for packet in moved_sound(container, stream, shifts):
             with contextlib.suppress(FFmpegError):
                 yield from stream.codec_context.decode(packet)
     with contextlib.suppress(FFmpegError):
