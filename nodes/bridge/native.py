@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
@@ -21,10 +20,11 @@ from torch import Tensor
 from ...vae_core import AnyPlan, Direction, NotFiniteError, Plan, TilePlan, VideoVAE, official_state
 from ...vae_core.door.output import collect
 from .first_stage import Network, tiles_of_pixels, to_signed, to_unit
+from .limits import ANY, Limits
 from .plan_words import plan_words
 from .ratio import Ratio
 from .running import Run, count_of
-from .schema import GIB, TILINGS, check_choice, dtype_words
+from .schema import dtype_words
 from .session import SESSION, Gauge, peak_reader
 from .wire import (
     Layout,
@@ -42,18 +42,6 @@ from .wire import (
 _log = logging.getLogger("cviv-vae")
 SAMPLERS = ("scaling_factor", "shift_factor")  # what files say for the sampler, of latents that VAEs do not scale
 _AUTOMATIC_SHARE = 0.85  # of the device memory that could be free; the rest is for what cannot be foreseen
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a run may do. budget: bytes of device memory for one chunk; None: as much as could be free. blended: whether
-    tiles that are not exact may be taken where nothing exact fits."""
-
-    budget: int | None = None
-    blended: bool = False
-
-
-ANY = Limits()
 
 
 class NativeVideoVAE(comfy.sd.VAE):
@@ -380,12 +368,6 @@ def require(vae: object) -> NativeVideoVAE:
         f"This node needs a VAE from Load Video VAE; a {type(vae).__name__} of another loader is connected. For that "
         "one use ComfyUI's own VAE Encode and VAE Decode."
     )
-
-
-def limits_of(gib: float, tiling: str = TILINGS[0]) -> Limits:
-    """What the widgets `memory_budget_gb` and `tiling` say."""
-    check_choice("tiling", tiling, TILINGS)
-    return Limits(budget=int(gib * GIB) or None, blended=tiling == TILINGS[1])
 
 
 def _counted(chunks: Iterable[Tensor], run: Run) -> Iterator[Tensor]:

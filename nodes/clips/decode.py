@@ -18,7 +18,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..bridge.lazy_video import LazyVideo
-from ..bridge.native import Limits, NativeVideoVAE, collect_images, limits_of, require
+from ..bridge.limits import Limits, limits_of
+from ..bridge.native import NativeVideoVAE, collect_images, require
 from ..bridge.running import Run, keep_report, report_ui
 from ..bridge.schema import (
     GIB,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..bridge.native import Limits, NativeVideoVAE, limits_of, require
+from ..bridge.limits import Limits, limits_of
+from ..bridge.native import NativeVideoVAE, require
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, check_choice, describe, field, preview_input, tiling_input, vae_input
 from ..bridge.video_source import Clip, clip_of, open_video

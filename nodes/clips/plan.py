@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ...vae_core.pictures import draw_plan
-from ..bridge.native import Limits, limits_of, require
+from ..bridge.limits import Limits, limits_of
+from ..bridge.native import require
 from ..bridge.plan_words import plan_words
 from ..bridge.running import count_of, report_ui
 from ..bridge.schema import budget_input, check_choice, describe, dtype_words, field, size_words, vae_input

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...vae_core import TilePlan
 from ...vae_core.metrics import Borders, SeamMeter, SeamReading, chunk_borders, exact_borders
-from ..bridge.native import NativeVideoVAE, limits_of
+from ..bridge.limits import limits_of
+from ..bridge.native import NativeVideoVAE
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, describe, dtype_words, field
 from ..bridge.video_source import Clip, clip_of

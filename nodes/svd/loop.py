@@ -9,7 +9,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core.families import VIDEO
-from ..bridge.native import collect_images, limits_of, require
+from ..bridge.limits import limits_of
+from ..bridge.native import collect_images, require
 from ..bridge.running import Run, report_ui
 from ..bridge.schema import budget_input, describe, latent_input, preview_input, vae_input
 from ..bridge.wire import read_facts

@@ -273,7 +273,7 @@ def test_the_session_learns_nothing_from_a_spoilt_run_or_on_a_cpu(comfy: Comfy) 
 def test_a_measured_margin_plans_smaller(comfy: Comfy, load_vae: LoadVAE) -> None:
     vae, session = load_vae(SMALL["cv"]), comfy.pack("nodes.bridge.session").SESSION
     shape, budget = (1, 4, 5, 32, 32), 2**29
-    limits = comfy.pack("nodes.bridge.native").Limits(budget=budget)
+    limits = comfy.pack("nodes.bridge.limits").Limits(budget=budget)
     usual = vae.plan("decode", shape, limits)
     session.measured((str(vae.device), vae.vae_dtype, "cv-vae"), 20.0)
     measured = vae.plan("decode", shape, limits)
