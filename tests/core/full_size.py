@@ -33,3 +33,8 @@ FULL: dict[str, Config] = {
 def full_size(config: Config, dtype: torch.dtype = torch.bfloat16) -> VideoVAE:
     """A VAE on the meta device, which is planned and counted as if on a GPU."""
     return VideoVAE(meta_network(FAMILIES[family_of_config(config)], config, DIRECTIONS, dtype))
+
+
+def latent_shape(vae: VideoVAE, frames: int = 25, height: int = 90, width: int = 160) -> tuple[int, ...]:
+    """Of a latent; 97 frames of 720x1280, unless told otherwise."""
+    return (1, vae.info.latent_channels, frames, height, width)

@@ -22,7 +22,7 @@ from vae_core.nn.clip import Clip
 from vae_core.nn.layers import enlarging_kernel
 from vae_core.nn.steps import Context
 from vae_core.plan.footprint import meta_network
-from vae_core.run import executor
+from vae_core.run import segments
 
 from ..conftest import SMALL, Config
 from .full_size import FULL, full_size
@@ -84,10 +84,10 @@ def test_strips_of_rows_change_nothing(
     latent = torch.randn(2, vae.info.latent_channels, 3, 5, 3, dtype=torch.float64)
     video = vae.decode(latent)
     mean = vae.encode(video)
-    monkeypatch.setattr(executor, "STRIPS_ABOVE", 0)
-    monkeypatch.setattr(executor, "MOST_STRIPS", 50)
+    monkeypatch.setattr(segments, "STRIPS_ABOVE", 0)
+    monkeypatch.setattr(segments, "MOST_STRIPS", 50)
     for nbytes in (1, 30_000):
-        monkeypatch.setattr(executor, "STRIP_BYTES", nbytes)
+        monkeypatch.setattr(segments, "STRIP_BYTES", nbytes)
         assert (vae.decode(latent) - video).abs().max() <= 1e-10 * video.std()
         assert (vae.encode(video) - mean).abs().max() <= 1e-10 * mean.std()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from ..families import Compression
@@ -79,8 +80,16 @@ def size_checked(chunk: Tensor, size: tuple[int, int] | None, space: int) -> Ten
     return chunk
 
 
-def checked_bytes(count: int | None, name: str) -> int | None:
-    """The number, if it is one of bytes."""
-    if count is not None and not count >= 1:
-        raise ValueError(f"{name}={count} was given; it is a number of bytes above 0. Leave it out for no limit.")
-    return count
+def runs_on(device: torch.device) -> str:
+    """Where weights that lie on `device` will run, as far as one can tell: in RAM they may wait for a GPU."""
+    if device.type != "cpu":
+        return str(device)
+    places = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+    return next((name for name, place in places.items() if place.is_available()), "cpu")
+
+
+def draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None, clamp: tuple[float, float] | None) -> Tensor:
+    """A draw from the posterior. clamp: of logvar."""
+    device = mean.device if generator is None else generator.device
+    noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
+    return mean + torch.exp(0.5 * (logvar if clamp is None else logvar.clamp(*clamp))) * noise

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..families import Compression, Direction, Network
-from ..plan.planner import MARGIN, Budget, Plan, PlanOptions, choose, describe, device_bytes, required, smaller
-from ..plan.prediction import Task
+from ..plan.planner import Budget, Plan, PlanOptions, budget_of, choose, describe, device_bytes, required, smaller
 from ..plan.rates import Rates, rates_of
+from ..plan.task import Task
 from ..run.executor import Pass
 from ..run.stream import Recover, run_chunks
 from ..run.tiling import AnyPlan
 from ..run.windows import check_whole, pad_stream, rechunk, whole_stream
-from .checks import check_clip, check_frames, checked, checked_bytes, size_checked
+from .checks import check_clip, check_frames, checked, draw, runs_on, size_checked
 from .info import VAEInfo
 from .output import collect, host_frames, trimmed
 
@@ -120,7 +120,7 @@ class VideoVAE:
         family, config = self.model.family, self.model.config
         for moments in self._moments(frames, pad, plan, recover, between):
             mean, logvar = moments.chunk(2, dim=1)
-            latent = _draw(mean, logvar, generator, family.clamp) if sample else mean
+            latent = draw(mean, logvar, generator, family.clamp) if sample else mean
             yield family.from_network(config, latent)
             del moments, mean, logvar, latent  # not while the next chunk runs
 
@@ -325,13 +325,8 @@ class VideoVAE:
         self, shape: Sequence[int], direction: Direction, options: PlanOptions
     ) -> tuple[Task, Budget, bool, Rates]:
         """What a plan is asked for: the work, the memory, whether on a CPU, and how fast."""
-        budget = Budget(
-            device=checked_bytes(options.get("budget_bytes"), "budget_bytes"),
-            ram=checked_bytes(options.get("ram_bytes"), "ram_bytes"),
-            margin=options.get("margin", MARGIN),
-            blended=options.get("blended", False),
-        )
-        where, dtype = torch.device(options.get("device") or self._runs_on()), options.get("dtype") or self.dtype
+        budget = budget_of(options)
+        where, dtype = torch.device(options.get("device") or runs_on(self.device)), options.get("dtype") or self.dtype
         rates = options.get("rates") or rates_of(where, dtype)
         return self._task(shape, direction, dtype), budget, where.type == "cpu", rates
 
@@ -369,13 +364,6 @@ class VideoVAE:
     def _compression(self) -> Compression:
         return self.model.family.compression
 
-    def _runs_on(self) -> str:
-        """Where weights that lie in RAM will run, as far as one can tell."""
-        if self.device.type != "cpu":
-            return str(self.device)
-        places = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
-        return next((name for name, place in places.items() if place.is_available()), "cpu")
-
     def _task(self, shape: Sequence[int], direction: Direction, dtype: torch.dtype) -> Task:
         model, decoding = self.model, direction == "decode"
         channels = model.config.latent_channels if decoding else 3
@@ -408,10 +396,3 @@ class VideoVAE:
 
 AUTOMATIC_SHARE = 0.85  # of the free memory of a GPU; the rest is for the screen, and what cannot be foreseen
 _LONG = 100  # latents; no chunk is longer
-
-
-def _draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None, clamp: tuple[float, float] | None) -> Tensor:
-    """A draw from the posterior. clamp: of logvar."""
-    device = mean.device if generator is None else generator.device
-    noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
-    return mean + torch.exp(0.5 * (logvar if clamp is None else logvar.clamp(*clamp))) * noise

@@ -13,7 +13,8 @@ from ..families import Direction, Family, Network
 from ..nn.clip import Clip
 from ..nn.region import Region, Size
 from ..nn.steps import Memory, Step
-from ..run.executor import Job, Pass, Segment
+from ..run.executor import Job, Pass
+from ..run.segments import Segment
 from .profile import Profile
 
 META = torch.device("meta")

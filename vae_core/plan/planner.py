@@ -11,8 +11,9 @@ import torch
 
 from ..errors import BudgetError
 from ..run.tiling import AnyPlan, ReferencePlan, StripPlan, TilePlan
-from .prediction import MARGIN, Task, predict
+from .prediction import predict
 from .rates import NOMINAL, Rates
+from .task import MARGIN, Task
 
 SIDES = (128, 96, 64, 48, 32, 24, 16, 12, 8)  # sides of square tiles that are tried, in latents
 ROWS = (2, 3, 4, 6, 8, 12, 16)  # full-width tiles that are tried
@@ -58,6 +59,23 @@ class PlanOptions(TypedDict, total=False):
     device: torch.device | str | None
     margin: float
     rates: Rates | None
+
+
+def budget_of(options: PlanOptions) -> Budget:
+    """What the options allow. Raises ValueError for numbers of bytes that are none."""
+    return Budget(
+        device=checked_bytes(options.get("budget_bytes"), "budget_bytes"),
+        ram=checked_bytes(options.get("ram_bytes"), "ram_bytes"),
+        margin=options.get("margin", MARGIN),
+        blended=options.get("blended", False),
+    )
+
+
+def checked_bytes(count: int | None, name: str) -> int | None:
+    """The number, if it is one of bytes."""
+    if count is not None and not count >= 1:
+        raise ValueError(f"{name}={count} was given; it is a number of bytes above 0. Leave it out for no limit.")
+    return count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..nn.clip import laid_out
 from ..run.stream import is_out_of_memory
-from .prediction import Need
+from .task import Need
 
 SIDE, FRAMES, WIDTH = 128, 6, 128  # of the clip that is convolved
 COPIED = 2**26  # bytes
