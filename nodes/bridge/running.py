@@ -159,12 +159,16 @@ def send_output(output: dict[str, Any], node_id: str) -> None:
 
 
 def show_text(text: str, node_id: str) -> None:
-    """Show plain text on a node for now; without a server, as in tests and scripts, nothing happens."""
+    """Show plain text on a node, a stock sampler's too, until the run ends: web/js/node_outputs.js takes it away then.
+
+    Without a server, as in tests and scripts, nothing happens.
+    """
     server = _server()
     if server is None:
         return
     # newer front ends read Markdown, where two blanks end a line; older ones insert the text as HTML
     server.send_progress_text(html.escape(text, quote=False).replace("\n", "  \n"), node_id)
+    server.send_sync("cviv-vae.said", {"node": node_id}, server.client_id)
 
 
 def _server() -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,3 +103,31 @@ def check_choice(what: str, got: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless `got` is one of `allowed`; ComfyUI 0.3 does not check the choices of V3 nodes."""
     if got not in allowed:
         raise ValueError(f"{what} is {got!r}; choose one of: {', '.join(allowed)}.")
+
+
+def before_run(*checks: tuple[Callable[[str], object], str | None]) -> bool | str:
+    """The answer of `validate_inputs`: True, or what the first failing check says of its value.
+
+    A value is None where it comes through a link and is not known yet.
+    """
+    try:
+        for check, value in checks:
+            if value is not None:
+                check(value)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def stamp(find: Callable[[Any], Path | None], name: Any) -> str:
+    """For `fingerprint_inputs`: a hash that changes with the file that `find(name)` gives, or with why there is none.
+
+    ComfyUI writes it into what it saves, so it tells nothing of this machine.
+    """
+    try:
+        path = find(name)
+        status = None if path is None else path.stat()
+        told = "" if status is None else repr((str(path), status.st_mtime_ns, status.st_size))
+    except (AttributeError, TypeError, ValueError, OSError) as error:  # AttributeError: the name comes through a link
+        told = str(error)
+    return hashlib.sha256(told.encode()).hexdigest()

@@ -59,7 +59,7 @@ def encode_clip(
 
 
 class Encode(io.ComfyNode):
-    """Images or a VIDEO, or a part of them, to a latent."""
+    """Images or a VIDEO, or some of their frames, to a latent."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -110,7 +110,7 @@ class Encode(io.ComfyNode):
                     display_name="fps", tooltip="Frames per second: the widget's, else the video's, else 24."
                 ),
                 io.Audio.Output(
-                    display_name="audio", tooltip="The sound of the encoded part; nothing where there is none."
+                    display_name="audio", tooltip="The sound of the encoded frames; nothing where there is none."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -169,7 +169,7 @@ class EncodeVideo(io.ComfyNode):
                 _latent_output(),
                 io.Float.Output(display_name="fps", tooltip="Frames per second of the video."),
                 io.Audio.Output(
-                    display_name="audio", tooltip="The sound of the encoded part; nothing where there is none."
+                    display_name="audio", tooltip="The sound of the encoded frames; nothing where there is none."
                 ),
                 _report_output(),
             ],

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..bridge.running import Run, report_ui
-from ..bridge.schema import check_choice, describe, field
+from ..bridge.schema import before_run, check_choice, describe, field
 from ..bridge.video_source import clip_of
 from ..latents.paths import check_prefix
 
@@ -74,12 +74,7 @@ class SaveImageSequence(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
-        try:
-            if filename_prefix is not None:  # None: it comes through a link
-                check_prefix(filename_prefix)
-        except ValueError as error:
-            return str(error)
-        return True
+        return before_run((check_prefix, filename_prefix))
 
     @classmethod
     def execute(cls, video: Any, filename_prefix: str, format: str) -> io.NodeOutput:  # noqa: A002

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...vae_core.media.latents import RESERVED, LatentFile, LatentMeta, LatentWriter, open_latent
 from ..bridge.native import require
 from ..bridge.running import show_text
-from ..bridge.schema import check_choice, describe, field
+from ..bridge.schema import before_run, check_choice, describe, field, stamp
 from ..bridge.wire import (
     Facts,
     Layout,
@@ -29,7 +29,7 @@ from ..bridge.wire import (
     to_video,
 )
 from .paths import check_prefix, listed, listed_path, make_folder, numbered_path, reused_path, subfolder
-from .reuse import ITEM, MADE_BY, item_of_list, made_by, reusable, stamp_of, stamp_of_files
+from .reuse import ITEM, MADE_BY, item_of_list, made_by, reusable, stamp_of_files
 
 NUMBER, REUSE = "number a new file", "reuse it (do not compute again)"
 LAYOUTS: dict[str, Layout | None] = {"as saved": None, "video 5-D": "video", "clip as frame batch": "frames"}
@@ -100,22 +100,12 @@ class SaveVideoLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
-        try:
-            if filename_prefix is not None:  # None: it comes through a link
-                check_prefix(filename_prefix)
-        except ValueError as error:
-            return str(error)
-        return True
+        return before_run((check_prefix, filename_prefix))
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
         prefix = inputs.get("filename_prefix")
-        if inputs.get("when_file_exists") != REUSE or prefix is None:
-            return ""
-        try:
-            return stamp_of_files(prefix)
-        except (ValueError, OSError):
-            return "no such name"
+        return stamp_of_files(prefix) if inputs.get("when_file_exists") == REUSE and prefix is not None else ""
 
     @classmethod
     def check_lazy_status(cls, **inputs: Any) -> list[str]:
@@ -156,14 +146,14 @@ class SaveVideoLatent(io.ComfyNode):
 
 
 class LoadVideoLatent(io.ComfyNode):
-    """A latent, or a part of it in time, from a file of the output or input folder."""
+    """A latent, or some of its frames, from a file of the output or input folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return describe(
             node_id="CVIV_LoadVideoLatent",
             display_name="Load Video Latent",
-            description="Loads what Save Video Latent or the command line saved; only the chosen part is read.",
+            description="Loads what Save Video Latent or the command line saved; only the chosen latents are read.",
             search_aliases=["load latent", "import latent", "resume"],
             inputs=[
                 field(
@@ -210,19 +200,11 @@ class LoadVideoLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
-        try:
-            if file is not None:
-                listed_path(file)
-        except ValueError as error:
-            return str(error)
-        return True
+        return before_run((listed_path, file))
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        try:
-            return stamp_of(listed_path(inputs["file"])), inputs["first_latent"], inputs["latent_count"]
-        except (AttributeError, ValueError, OSError):  # AttributeError: the name comes through a link
-            return "no such file"
+        return *stamp(listed_path, inputs.get("file")), inputs.get("first_latent"), inputs.get("latent_count")
 
     @classmethod
     def execute(cls, file: str, first_latent: int, latent_count: int, layout: str) -> io.NodeOutput:

@@ -54,15 +54,13 @@ def reusable(prefix: str, made: str | None) -> dict[int, Path]:
 
 def stamp_of_files(prefix: str) -> str:
     """A hash that changes when a file of this name comes, goes or changes; it tells nothing of this machine."""
-    first = reused_path(prefix)
+    try:
+        first = reused_path(prefix)
+    except (ValueError, OSError) as error:
+        return _digest(str(error))
     start = first.name.removesuffix(SUFFIX)
     files = sorted(first.parent.glob(f"*{SUFFIX}")) if first.parent.is_dir() else []
     return _digest([[path.name, *_stamp(path)] for path in files if path.name.startswith(start)])
-
-
-def stamp_of(path: Path) -> str:
-    """A hash that changes with a file; it tells nothing of this machine."""
-    return _digest([str(path), *_stamp(path)])
 
 
 def _stamp(path: Path) -> tuple[int, int]:

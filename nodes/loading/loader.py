@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from comfy_api.latest import InputImpl, io
 from ...vae_core import DEMO_FOLDER, load
 from ..bridge.native import NativeVideoVAE, require
 from ..bridge.running import report_ui, show_text
-from ..bridge.schema import check_choice, describe, dtype_words, field, vae_input
+from ..bridge.schema import before_run, check_choice, describe, dtype_words, field, stamp, vae_input
 from ..bridge.wire import Layout
 from .official import choices, chosen_download, fetch_official, path_of
 
@@ -81,23 +80,11 @@ class LoadVideoVAE(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, vae_name: str | None = None) -> bool | str:
-        try:
-            if vae_name is not None:  # None: it comes through a link
-                path_of(vae_name)
-        except ValueError as error:
-            return str(error)
-        return True
+        return before_run((path_of, vae_name))
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        try:
-            path = path_of(inputs["vae_name"])
-        except (AttributeError, KeyError, ValueError):  # AttributeError: the name comes through a link
-            return "no such file"
-        if path is None:
-            return "to be downloaded"
-        status = path.stat()
-        return hashlib.sha256(repr((str(path), status.st_mtime_ns, status.st_size)).encode()).hexdigest()
+        return stamp(path_of, inputs.get("vae_name"))
 
     @classmethod
     def execute(cls, vae_name: str, dtype: str, device: str, latent_layout: str) -> io.NodeOutput:

@@ -12,8 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core.svd import LAYER, OutputLayer, output_layer, read_adapter
-from ..bridge.schema import describe, field
-from ..latents.reuse import stamp_of
+from ..bridge.schema import before_run, describe, field, stamp
 from .model import check_svd
 
 FOLDER = "loras"
@@ -87,19 +86,11 @@ class ApplySVDAdapter(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, adapter: str | None = None) -> bool | str:
-        try:
-            if adapter is not None:  # None: it comes through a link
-                adapter_path(adapter)
-        except ValueError as error:
-            return str(error)
-        return True
+        return before_run((adapter_path, adapter))
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        try:
-            return stamp_of(adapter_path(inputs["adapter"]))
-        except (KeyError, AttributeError, TypeError, ValueError, OSError):
-            return "no such file"
+        return stamp(adapter_path, inputs.get("adapter"))
 
     @classmethod
     def execute(cls, model: Any, adapter: str, strength: float, precise: bool) -> io.NodeOutput:

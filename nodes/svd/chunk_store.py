@@ -8,7 +8,8 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..bridge.schema import describe, field
+from ..bridge.running import report_ui
+from ..bridge.schema import before_run, describe, field
 from .model import check_svd
 from .names import check_name
 from .store import STORE, StoreSettings, parse_seeds
@@ -56,18 +57,12 @@ class SVDChunkStore(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="For the sampler or SVD Long Video."),
                 io.String.Output(display_name="report", tooltip="Where the chunks lie, and which have their own seed."),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def validate_inputs(cls, name: str | None = None, seeds: str | None = None) -> bool | str:
-        try:
-            if name is not None:  # None: it comes through a link
-                store_folder(name)
-            if seeds is not None:
-                parse_seeds(seeds)
-        except ValueError as error:
-            return str(error)
-        return True
+        return before_run((store_folder, name), (parse_seeds, seeds))
 
     @classmethod
     def execute(cls, model: Any, name: str, regenerate_from: int, seeds: str) -> io.NodeOutput:
@@ -76,7 +71,8 @@ class SVDChunkStore(io.ComfyNode):
         patched = model.clone()
         settings = StoreSettings(folder=str(folder), keep=regenerate_from - 1, seeds=own)
         patched.model_options.setdefault("transformer_options", {})[STORE] = settings
-        return io.NodeOutput(patched, "\n".join(_report(folder, regenerate_from, own)))
+        report = "\n".join(_report(folder, regenerate_from, own))
+        return io.NodeOutput(patched, report, ui=report_ui(report))
 
 
 def store_folder(name: str) -> Path:

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core.families import VIDEO
+from ..bridge.running import report_ui
 from ..bridge.schema import describe, field
 from ..bridge.wire import Facts, make_latent, pixels_of
 from .anchor import CHANNELS, check_readers, encode_pictures, see_pictures, with_noise
@@ -38,7 +39,7 @@ class SVDConditioning(io.ComfyNode):
                 field(
                     io.Image,
                     "image",
-                    tooltip="The image the video starts from. Several are keyframes: each holds for an equal part of "
+                    tooltip="The image the video starts from. Several are keyframes: each holds for an equal share of "
                     "the video. Alpha is dropped.",
                 ),
                 field(
@@ -57,6 +58,7 @@ class SVDConditioning(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="Latents, rates, sizes, and what to mind."),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -95,7 +97,7 @@ class SVDConditioning(io.ComfyNode):
         )
         empty = torch.zeros(latents, CHANNELS, scaled.shape[1] // VIDEO.space, scaled.shape[2] // VIDEO.space)
         report = _report(pixels, facts, empty, told)
-        return io.NodeOutput(positive, negative, make_latent(empty, facts, "frames"), report)
+        return io.NodeOutput(positive, negative, make_latent(empty, facts, "frames"), report, ui=report_ui(report))
 
 
 def _size_inputs() -> list[Any]:

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...vae_core.families import VIDEO
+from ..bridge.running import report_ui
 from ..bridge.schema import describe, field
 from ..bridge.wire import Facts, make_latent, read_facts, samples_of
 from .anchor import CHANNELS, Reader, check_readers
@@ -71,6 +72,7 @@ class SVDExtendClip(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="What is kept, what is new, what to mind."),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -110,7 +112,8 @@ class SVDExtendClip(io.ComfyNode):
             report.append(
                 f"more than {TRAINED} latents: connect SVD Long Video (continuation) to sample the new ones alone"
             )
-        return io.NodeOutput(positive, negative, latent, "\n".join(report))
+        told_all = "\n".join(report)
+        return io.NodeOutput(positive, negative, latent, told_all, ui=report_ui(told_all))
 
 
 def _known(latent: Any) -> tuple[Tensor, Facts, list[str]]:

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...vae_core.families import VIDEO
+from ..bridge.running import report_ui
 from ..bridge.schema import check_choice, describe
 from ..bridge.wire import Facts, read_facts, samples_of
 from .anchor import CHANNELS, Reader, check_readers
@@ -38,6 +39,7 @@ class SVDLongVideo(io.ComfyNode):
                 io.Image.Output(display_name="picture", tooltip="The windows or chunks over time."),
                 io.String.Output(display_name="report", tooltip="Which windows, how much work, what to expect."),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -95,7 +97,8 @@ class SVDLongVideo(io.ComfyNode):
         latents = samples["samples"].shape[0]
         fps = float(facts.fps or DEFAULT_FPS)
         report = "\n".join(_report(latents, settings, facts, fps))
-        return io.NodeOutput(LongSampling(settings, reader).patch(model), draw_plan(latents, settings, fps), report)
+        patched, picture = LongSampling(settings, reader).patch(model), draw_plan(latents, settings, fps)
+        return io.NodeOutput(patched, picture, report, ui=report_ui(report))
 
 
 def _reader(anchor: str, clip_vision: Any, image_vae: Any) -> Reader | None:

@@ -34,8 +34,8 @@ from ...vae_core.svd import (
     save_adapter,
 )
 from ..bridge.native import NativeVideoVAE, require
-from ..bridge.running import show_text
-from ..bridge.schema import check_choice, describe, field
+from ..bridge.running import report_ui, show_text
+from ..bridge.schema import before_run, check_choice, describe, field
 from ..bridge.wire import image_of
 from .adapter import FOLDER, added_outputs, checkpoint_layer
 from .anchor import may_be_svds
@@ -70,14 +70,7 @@ class TrainSVDAdapter(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, save_name: str | None = None, folder: str | None = None) -> bool | str:
-        try:
-            if save_name is not None:  # None: it comes through a link
-                _check_save_name(save_name)
-            if folder is not None:
-                training_folder(folder)
-        except ValueError as error:
-            return str(error)
-        return True
+        return before_run((_check_save_name, save_name), (training_folder, folder))
 
     @classmethod
     def execute(
@@ -121,7 +114,8 @@ class TrainSVDAdapter(io.ComfyNode):
         node_id = cls.hidden.unique_id
         clips, notes = maker.clips(files, node_id)
         session = Session(model, trainer, clips, maker.encode, places, node_id)
-        return io.NodeOutput(*session.run(steps, notes))
+        path, curve, report = session.run(steps, notes)
+        return io.NodeOutput(path, curve, report, ui=report_ui(report))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +185,6 @@ class Session:
         save_adapter(places.adapter, tuned - trainer.old, training.texts(before, after))
         kept = f"adapter {places.adapter.name} in models/loras; state and loss curve in output/adapters"
         report = "\n".join(training.report(before, after, time.monotonic() - began, kept, notes))
-        self._say(report)
         _log.info("%s", report.replace("\n", "; "))
         return str(places.adapter), image_of(picture), report
 

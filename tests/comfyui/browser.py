@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-PATIENCE = 30_000  # milliseconds
+PATIENCE = 120_000  # milliseconds; a machine may be busy with other things
 
 
 def executable() -> str | None:

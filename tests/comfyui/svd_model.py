@@ -44,6 +44,10 @@ LONG = {
 }
 
 
+LATENTS = 20
+SPANS = [(0, 8), (6, 14), (12, 20)]  # windows of 8 that share 2
+
+
 @dataclass
 class Call:
     """What one call of the network was given, for the positive condition: one value for each frame.
@@ -113,6 +117,11 @@ def function_svd(comfy: Comfy, estimate: Callable[[Call], Tensor]) -> tuple[Any,
     network = Function(comfy, estimate)
     model.model.diffusion_model = network
     return model, network
+
+
+def image_itself(call: Call) -> Tensor:
+    """A network that believes in a flat picture of its condition's number."""
+    return spread(call.image * SCALE, call)
 
 
 def spread(values: Tensor, call: Call) -> Tensor:

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,7 +139,7 @@ def test_out_of_memory_once(
     if node == "CVIV_Decode":
         assert "out of memory after" in rest[-1]
         assert "went on from there by a smaller plan: Exact " in rest[-1]  # strips or tiles
-        assert "per chunk, exact" in rest[-1]
+        assert " per chunk" in rest[-1]
 
     monkeypatch.undo()
     again, *rest = comfy.call(node, vae=vae, samples=latent, **widgets)
@@ -243,7 +244,8 @@ def test_the_session_learns_from_the_chunks_that_reach_the_peak(comfy: Comfy) ->
     session = comfy.pack("nodes.bridge.session")
     slack, usual = comfy.pack("vae_core.plan.planner").SLACK, comfy.pack("vae_core.plan.planner").MARGIN
     facts, gib, in_use = session.Session(), 2**30, 0
-    gauge = session.Gauge(facts, "cuda:0", predicted=gib, chunks=2, peak=lambda: in_use)
+    plan = SimpleNamespace(working_bytes=gib, waiting_bytes=gib)
+    gauge = session.Gauge(facts, "cuda:0", plan=plan, chunks=2, peak=lambda: gib + in_use)
     in_use = gib // 4
     gauge.chunk_done()
     assert facts.margin("cuda:0") == usual
@@ -259,20 +261,22 @@ def test_the_session_learns_from_the_chunks_that_reach_the_peak(comfy: Comfy) ->
 def test_the_session_learns_nothing_from_a_spoilt_run_or_on_a_cpu(comfy: Comfy) -> None:
     session = comfy.pack("nodes.bridge.session")
     facts = session.Session()
-    gauge = session.Gauge(facts, "cuda:0", predicted=2**30, chunks=1, peak=lambda: 2**40)
+    plan = SimpleNamespace(working_bytes=2**30, waiting_bytes=0)
+    gauge = session.Gauge(facts, "cuda:0", plan=plan, chunks=1, peak=lambda: 2**40)
     gauge.spoil()
     gauge.chunk_done()
     assert session.peak_reader(torch.device("cpu")) is None
-    session.Gauge(facts, "cpu", predicted=2**30, chunks=1, peak=None).chunk_done()
+    session.Gauge(facts, "cpu", plan=plan, chunks=1, peak=None).chunk_done()
     assert facts.margin("cuda:0") == facts.margin("cpu") == comfy.pack("vae_core.plan.planner").MARGIN
 
 
 def test_a_measured_margin_plans_smaller(comfy: Comfy, load_vae: LoadVAE) -> None:
     vae, session = load_vae(SMALL["cv"]), comfy.pack("nodes.bridge.session").SESSION
     shape, budget = (1, 4, 5, 32, 32), 2**29
-    usual = vae.plan("decode", shape, budget)
+    limits = comfy.pack("nodes.bridge.native").Limits(budget=budget)
+    usual = vae.plan("decode", shape, limits)
     session.measured((str(vae.device), vae.vae_dtype, "cv-vae"), 20.0)
-    measured = vae.plan("decode", shape, budget)
+    measured = vae.plan("decode", shape, limits)
     assert measured.tiles != usual.tiles
     assert measured.device_bytes <= budget or not measured.fits
 

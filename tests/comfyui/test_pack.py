@@ -59,6 +59,7 @@ def test_loading_is_silent(comfy: Comfy) -> None:
 
     warnings = [record.getMessage() for record in comfy.log if from_us(record) and record.levelno >= logging.WARNING]
     assert warnings == []
+    assert [record.getMessage() for record in comfy.log if record.name == "cviv-vae"] == []  # nor anything else
     assert not [record.getMessage() for record in comfy.log if "IMPORT FAILED" in record.getMessage()]
 
 
@@ -136,6 +137,18 @@ def test_english_titles_are_those_of_the_code(comfy: Comfy) -> None:
     assert {name: told[name]["display_name"] for name in IDS} == {
         name: comfy.nodes[name].GET_SCHEMA().display_name for name in IDS
     }
+
+
+def test_english_words_are_those_of_the_code(comfy: Comfy) -> None:
+    """The page shows the translation, also where the language is English."""
+    told = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    for node_id in ours(comfy):
+        schema, words = comfy.nodes[node_id].GET_SCHEMA(), told[node_id]
+        assert words["description"] == schema.description
+        assert {name: one["tooltip"] for name, one in words.get("inputs", {}).items()} == {
+            one.id: one.tooltip for one in schema.inputs
+        }
+        assert [one["tooltip"] for one in words.get("outputs", {}).values()] == [one.tooltip for one in schema.outputs]
 
 
 def _pictures(markdown: str) -> list[str]:

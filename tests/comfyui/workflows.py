@@ -56,6 +56,32 @@ def with_small_weights(workflow: dict[str, Any]) -> dict[str, Any]:
     return workflow
 
 
+# widgets by their place, that make a run quick and leave the shape of what comes out as it is
+_QUICK: dict[str, dict[int, Any]] = {
+    "CVIV_SVDConditioning": {0: 128, 1: 72},
+    "SVD_img2vid_Conditioning": {0: 128, 1: 72},
+    "KSampler": {2: 1},
+}
+
+
+def small(workflow: dict[str, Any]) -> dict[str, Any]:
+    """The workflow with small weights, small pictures and one step."""
+    for node in workflow["nodes"]:
+        for index, value in _QUICK.get(node["type"], {}).items():
+            node["widgets_values"][index] = value
+    return with_small_weights(workflow)
+
+
+def quick(workflow: dict[str, Any]) -> dict[str, Any]:
+    """`small` with few frames, too: for what a run does to the page, whatever comes out."""
+    for node in nodes_of(workflow, "CVIV_SVDConditioning"):
+        node["widgets_values"][2] = min(node["widgets_values"][2], 101)
+    for kind, index, frames in (("CVIV_Encode", 5, 5), ("ImageFromBatch", 1, 5), ("CVIV_SVDExtendClip", 0, 20)):
+        for node in nodes_of(workflow, kind):
+            node["widgets_values"][index] = frames
+    return small(workflow)
+
+
 def comfy_cli(server: Server, folder: Path, *arguments: str) -> dict[str, Any]:
     """The envelope that `comfy --json run ...` prints. Its own files go into `folder`."""
     where = ["--host", "127.0.0.1", "--port", str(server.port)]

@@ -67,15 +67,16 @@ def test_detail_follows_the_motion() -> None:
     assert (after < 0.5 * before).all(), (before, after)
     assert (after[::4] < 0.35 * before[::4]).all()
     half = fused(video, truth[:, :, ::4], DetailSettings(strength=0.5, radius=3.0, confidence=0.5))
-    torch.testing.assert_close(half, (video + result) / 2)
+    inside = result.abs() < 1  # nothing was clamped
+    torch.testing.assert_close(half[inside], ((video + result) / 2)[inside])
 
 
-def test_a_keyframe_takes_the_place_of_its_frames_detail_alone() -> None:
+def test_a_single_keyframe_cannot_be_checked_and_gives_nothing() -> None:
     cv2_or_skip()
     truth = textured(1)
-    flat = torch.zeros_like(truth)
-    result = fused(flat, truth)
-    torch.testing.assert_close(result[0, :, 0], (truth[0, :, 0] - blur(truth[0, :, 0], 3.0)).clamp(-1, 1))
+    (chunk,) = fuse_detail([soft(truth)], [truth], FULL)
+    assert torch.equal(chunk.frames, soft(truth))
+    assert chunk.carried == (0.0,)
 
 
 @pytest.mark.parametrize("shown", [1, 2, 3, 4])
@@ -101,29 +102,28 @@ def test_detail_does_not_cross_a_cut() -> None:
     keyframes = truth[:, :, ::4]
     chunks = list(fuse_detail([soft(truth)], [keyframes], FULL))
     result = torch.cat([chunk.frames for chunk in chunks], 2)
-    assert (error(result, truth) < error(soft(truth), truth)).all()
-    trusting = fused(soft(truth), keyframes, DetailSettings(strength=1.0, radius=3.0, confidence=0.0))
-    assert error(result, truth)[1:4].sum() < error(trusting, truth)[1:4].sum()
+    before, after = error(soft(truth), truth), error(result, truth)
+    torch.testing.assert_close(after[:3], before[:3], rtol=0.01, atol=0)  # a picture of a single keyframe
+    assert (after < 0.5 * before)[3:].all()
 
 
 def test_confidence_lets_less_through() -> None:
     cv2_or_skip()
-    video = textured(5)
-    video[:, :, 2] = video[:, :, 2].flip(-1)  # a frame that no motion explains
+    truth = textured(5)
+    truth[:, :, 2] = truth[:, :, 2].flip(-1)  # a frame that no motion explains
 
     def carried(confidence: float) -> tuple[float, ...]:
         settings = DetailSettings(strength=1.0, radius=3.0, confidence=confidence)
-        return sum((chunk.carried for chunk in fuse_detail([video], [video[:, :, ::4]], settings)), ())
+        return sum((chunk.carried for chunk in fuse_detail([soft(truth)], [truth[:, :, ::4]], settings)), ())
 
     low, middle, high = carried(0.0), carried(0.5), carried(0.9)
-    assert low == pytest.approx((1.0,) * 5)
-    assert middle[0] == middle[4] == 1.0
-    assert middle[2] < 0.5 < 0.7 < middle[1]
-    assert high[2] < middle[2]
+    assert min(low[:2] + low[3:]) > 0.9
+    assert middle[2] < 0.3 < 0.8 < min(middle[0], middle[4])
+    assert high[0] < middle[0] + 1e-6
     assert high[1] < middle[1]
 
 
-def test_pieces_of_any_length_give_the_same_and_little_is_held() -> None:
+def test_chunks_of_any_length_give_the_same_and_little_is_held() -> None:
     cv2_or_skip()
     truth = textured(17)
     video, keyframes = soft(truth), truth[:, :, ::4]
@@ -140,7 +140,7 @@ def test_pieces_of_any_length_give_the_same_and_little_is_held() -> None:
     done = 0
     for chunk in fuse_detail(one_by_one(), keyframes.split(2, 2), FULL):
         done += chunk.frames.shape[2]
-        assert read - done <= 4
+        assert read - done <= 8
         chunks.append(chunk)
     assert torch.equal(torch.cat([chunk.frames for chunk in chunks], 2), whole)
 

@@ -134,7 +134,7 @@ def test_an_error_at_any_layer_changes_nothing(family: str, small_vae: Make, dec
 def test_an_error_in_any_strip_changes_nothing(
     small_vae: Make, decoding: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiling, "LEAST_STRIP", 1)
+    monkeypatch.setattr(tiling, "LEAST_ROWS", 1)
     vae = small_vae("cv-vae")
     x = clip(vae, decoding)
     with Faults() as faults:

@@ -19,7 +19,7 @@ WAITING = ["cv-vae", "cv-vae-sd3", "image-vae"]
 @pytest.fixture(autouse=True)
 def small_things_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips and blocks as large frames have them."""
-    monkeypatch.setattr(tiling, "LEAST_STRIP", 1)
+    monkeypatch.setattr(tiling, "LEAST_ROWS", 1)
     monkeypatch.setattr(ram, "BLOCK", 5000)
 
 

@@ -4,12 +4,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from ..pictures.plan import draw_plan
 from ..plan.planner import PlanOptions
-from ..plan.rates import Rates, rates_of
+from ..plan.rates import Rates
 from .guard import UserError, guarded, say
 from .options import (
     Budget,
@@ -23,7 +22,6 @@ from .options import (
     device_named,
     dtype_for,
     gib,
-    is_there,
     load_weights,
 )
 
@@ -76,7 +74,7 @@ def plan_command(
         "blended": tiling is TilingOption.blended,
         "device": where,
         "dtype": kind,
-        "rates": rates_of_options(rates, where, kind),
+        "rates": None if rates is None else Rates(flops=rates[0] * 1e12, memory=rates[1] * 1e9, bus=rates[2] * 1e9),
     }
     if way is Way.DECODE:
         cells = compression.cells(height), compression.cells(width)
@@ -90,12 +88,3 @@ def plan_command(
     if picture is not None:
         draw_plan(plan, (height, width), frames, title).save(picture)
         say(f"picture  {picture}")
-
-
-def rates_of_options(
-    given: tuple[float, float, float] | None, device: torch.device, dtype: torch.dtype
-) -> Rates | None:
-    """What the option says, or what this device does, if it is there."""
-    if given is not None:
-        return Rates(flops=given[0] * 1e12, memory=given[1] * 1e9, bus=given[2] * 1e9)
-    return rates_of(device, dtype) if is_there(device) else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..families import Compression, Direction, Network
 from ..plan.planner import MARGIN, Budget, Plan, PlanOptions, choose, describe, device_bytes, required, smaller
 from ..plan.prediction import Task
-from ..plan.rates import Rates, nominal, rates_of
+from ..plan.rates import Rates, rates_of
 from ..run.executor import Pass
 from ..run.stream import Recover, run_chunks
 from ..run.tiling import AnyPlan
@@ -332,7 +332,7 @@ class VideoVAE:
             blended=options.get("blended", False),
         )
         where, dtype = torch.device(options.get("device") or self._runs_on()), options.get("dtype") or self.dtype
-        rates = options.get("rates") or (rates_of(where, dtype) if where == self.device else nominal(where))
+        rates = options.get("rates") or rates_of(where, dtype)
         return self._task(shape, direction, dtype), budget, where.type == "cpu", rates
 
     def decode_bytes(

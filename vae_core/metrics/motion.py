@@ -38,12 +38,12 @@ def optical_flow(source: Tensor, target: Tensor) -> Tensor:
     return torch.from_numpy(flow.calc(_grey(source), _grey(target), None)).permute(2, 0, 1)
 
 
-def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """(c, h, w): `image` at the places that `flow` (2, h, w) points to, bilinear, the edge repeated."""
+def warp(image: Tensor, flow: Tensor, mode: str = "bilinear") -> Tensor:
+    """(c, h, w): `image` at the places that `flow` (2, h, w) points to, bilinear or bicubic, the edge repeated."""
     height, width = image.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     places = torch.stack([2 * (x + flow[0]) / max(width - 1, 1) - 1, 2 * (y + flow[1]) / max(height - 1, 1) - 1], -1)
-    return F.grid_sample(image[None], places[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
+    return F.grid_sample(image[None], places[None], mode=mode, padding_mode="border", align_corners=True)[0]
 
 
 def luma(frame: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class _Watched(Pass):
         height, width = progress.source.size
         self.outputs.append(progress.source.nbytes / (height * width))
 
-    def _regions(self, job: Job, *, first: bool) -> list[list[Region]]:
+    def _regions(self, job: Job) -> list[list[Region]]:
         return [job.segment.regions(track.core, self._latent) for track in self._tracks]  # no strips
 
     def _whole(self, job: Job) -> Clip:

@@ -71,7 +71,8 @@ class Plan:
     waiting_bytes: of what waits between steps in memory of its own. working_bytes: of live tensors that come and go.
     host_bytes: RAM for what waits off the device.
     transfer_bytes: between device and RAM, both ways, for the whole clip.
-    seconds: how long the whole clip takes, on the device that it was planned for.
+    seconds: how long the whole clip takes, on the device that it was planned for. guessed: whether nobody measured how
+    fast that is.
     result_bytes: the whole result in the network's number format, for those who keep it whole.
     exact: whether the result is that of whole frames (to rounding).
     fits: whether device_bytes, and host_bytes where RAM is limited, stay within the budget; True without one.
@@ -87,6 +88,7 @@ class Plan:
     host_bytes: int
     transfer_bytes: int
     seconds: float
+    guessed: bool
     result_bytes: int
     exact: bool
     fits: bool
@@ -98,7 +100,7 @@ class Plan:
         fits = "" if self.fits else " This does not fit the budget; no smaller way is known."
         return "\n".join(
             (
-                f"{self._how()}; {chunks}; about {_time(self.seconds)}.",
+                f"{self._how()}; {chunks}; about {_time(self.seconds)}{' by guess' if self.guessed else ''}.",
                 f"Device memory: about {_size(self.device_bytes)} in addition to the weights.{fits}",
                 f"RAM: {self._ram()}.",
                 f"Result: {self._exact()}. Extra work: {100 * self.halo_overhead:.0f} %.",
@@ -129,7 +131,7 @@ class Plan:
             where = "" if self.tiles.room is None else ", and the rest of it in RAM"
             again = ", the largest activations computed again" if self.tiles.again else ""
             waits = f"{_size(self.waiting_bytes)} of what waits on the device{where}{again}"
-            return f"Whole frames step by step, in up to {self.tiles.strips} strips, {waits}"
+            return f"Exact strips of every step, up to {self.tiles.strips} per chunk, {waits}"
         height, width = self.tiles.sides
         waits = ", with what waits between tiles in RAM" if self.tiles.offload else ""
         if width is None:
@@ -238,7 +240,7 @@ def required(plan: Plan, task: Task, budget: Budget, *, on_cpu: bool) -> Plan:
     ram = "" if budget.ram is None else f" and {_size(budget.ram)} of RAM"
     allowed = "any amount" if budget.device is None else _size(budget.device)
     blended = task.family.reference_tiles and not budget.blended
-    least = ceil(10 * smallest_budget(task, budget, on_cpu=on_cpu) / GIB) / 10
+    least = ceil(1000 * smallest_budget(task, budget, on_cpu=on_cpu) / GIB) / 1000
     raise BudgetError(
         f"To {task.direction} {width}x{height} with {task.family.id} does not fit {allowed} of device memory{ram}: "
         f"the smallest budget in which it can be done exactly is {least:g} GiB. Give that, or smaller frames"
@@ -270,6 +272,7 @@ def describe(task: Task, tiles: AnyPlan, budget: Budget, rates: Rates = NOMINAL)
         host_bytes=need.host,
         transfer_bytes=int(task.chunks * need.work.bus),
         seconds=task.chunks * rates.seconds(need),
+        guessed=rates.guessed,
         result_bytes=task.result_bytes,
         exact=not isinstance(tiles, ReferencePlan) or count == 1,
         fits=_fits(task, tiles, budget),

@@ -306,7 +306,7 @@ class _Simulation:
         batch, step = self.task.batch, segment.steps[0]
         if regions.count == 1:
             plan, (height, width) = self.plan if isinstance(self.plan, StripPlan) else None, segment.sizes[-1]
-            rows = -(-height // strips(segment, plan, int(self.source.nbytes), first=index == 0))
+            rows = -(-height // strips(segment, plan, int(self.source.nbytes)))
             reaches = [each.reach for each in segment.steps]
             outs = grid(full((height, width)), (rows, width))
             regions = _Regions.of(chain(reaches, segment.sizes[0], out) for out in outs)

@@ -21,26 +21,30 @@ TIMES = 3  # of which the shortest counts
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a device does in a second: FLOPs of convolutions, bytes of its own memory, bytes between it and RAM."""
+    """What a device does in a second: FLOPs of convolutions, bytes of its own memory, bytes between it and RAM.
+
+    guessed: nobody measured it.
+    """
 
     flops: float
     memory: float
     bus: float
+    guessed: bool = False
 
     def seconds(self, need: Need) -> float:
         """How long something takes that needs so much: what is copied is copied while the device computes."""
         return sum(max(work.flops / self.flops, work.moved / self.memory, work.bus / self.bus) for work in need.stages)
 
 
-NOMINAL = Rates(flops=60e12, memory=450e9, bus=12e9)  # a card of the middle class
-NOMINAL_CPU = Rates(flops=1e11, memory=2e10, bus=1e10)
+NOMINAL = Rates(flops=60e12, memory=450e9, bus=12e9, guessed=True)  # a card of the middle class
+NOMINAL_CPU = Rates(flops=1e11, memory=2e10, bus=1e10, guessed=True)
 
 
 @lru_cache(maxsize=16)
 def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Those of a device that is there, for a type of number; guessed where it has no memory for the measurement."""
-    if device.type not in ("cuda", "xpu", "mps"):
-        return nominal(device)
+    """Those of a device, for a type of number; guessed where it is not there, or has no memory to be measured in."""
+    if not _is_there(device):
+        return NOMINAL_CPU if device.type == "cpu" else NOMINAL
     try:
         return _measured(device, dtype)
     except RuntimeError as error:
@@ -49,9 +53,12 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
         return NOMINAL
 
 
-def nominal(device: torch.device) -> Rates:
-    """What a device of this kind may do."""
-    return NOMINAL_CPU if device.type == "cpu" else NOMINAL
+def _is_there(device: torch.device) -> bool:
+    """Whether it is a GPU that this torch sees."""
+    if device.type == "mps":
+        return torch.backends.mps.is_available()
+    module = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
+    return module is not None and (device.index or 0) < module.device_count()
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> Rates:

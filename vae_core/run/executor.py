@@ -62,16 +62,12 @@ def segments(steps: Sequence[Step], size: Size) -> list[Segment]:
     return [Segment(steps=tuple(steps[a:b]), sizes=tuple(at[a : b + 1])) for a, b in pairwise(sorted(cuts))]
 
 
-def strips(segment: Segment, plan: TilePlan | StripPlan | None, nbytes: int, *, first: bool) -> int:
-    """Into how many a segment is cut that runs over whole frames, for what it reads of `nbytes`.
-
-    first: it reads the chunk itself, which is small beside what it gives.
-    """
-    (h, w), (height, width) = segment.sizes[0], segment.sizes[-1]
+def strips(segment: Segment, plan: TilePlan | StripPlan | None, nbytes: int) -> int:
+    """Into how many a segment is cut that runs over whole frames, for what it reads of `nbytes`."""
+    height = segment.sizes[-1][0]
     if isinstance(plan, StripPlan):
-        count = plan.strips if first else plan.count(nbytes * max(1, height * width / (h * w)))
-    else:
-        count = min(MOST_STRIPS, -(-nbytes // STRIP_BYTES)) if segment.waits and nbytes > STRIPS_ABOVE else 1
+        return plan.count(height)
+    count = min(MOST_STRIPS, -(-nbytes // STRIP_BYTES)) if segment.waits and nbytes > STRIPS_ABOVE else 1
     return min(count, height)
 
 
@@ -271,7 +267,7 @@ class Pass:
             for track in self._tracks:
                 self._tile(job, track, segment.regions(track.core, self._latent))
         else:
-            self._wide(job, self._regions(job, first=progress.done == 0))
+            self._wide(job, self._regions(job))
         for track in self._tracks:
             track.done = 0
         if not ends and segment.waits and segment.steps[0].keeps:
@@ -317,14 +313,14 @@ class Pass:
         clip = job.source.read(full(job.source.size))
         return walk(job.segment.steps, clip, self._context(Memory()), between=self._between)
 
-    def _regions(self, job: Job, *, first: bool) -> list[list[Region]]:
+    def _regions(self, job: Job) -> list[list[Region]]:
         """Those of every tile, or of the strips of a whole frame, before every step and after the last."""
         segment = job.segment
         if len(self._tracks) > 1:
             return [segment.regions(track.core, self._latent) for track in self._tracks]
         plan = None if isinstance(self.plan, ReferencePlan) else self.plan
         size, reaches = segment.sizes[-1], [step.reach for step in segment.steps]
-        rows = -(-size[0] // strips(segment, plan, job.source.nbytes, first=first))
+        rows = -(-size[0] // strips(segment, plan, job.source.nbytes))
         return [chain(reaches, segment.sizes[0], out) for out in grid(full(size), (rows, size[1]))]
 
     def _tile(self, job: Job, track: Track, regions: Sequence[Region]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -88,9 +87,9 @@ class StripPlan:
                 "are computed again was asked for; needed is at least one strip, and no number below 0."
             )
 
-    def count(self, nbytes: float) -> int:
-        """Strips of a step that reads, or gives, so many bytes."""
-        return max(1, min(self.strips, ceil(nbytes / LEAST_STRIP)))
+    def count(self, height: int) -> int:
+        """Strips of a step that gives so many rows."""
+        return max(1, min(self.strips, height // LEAST_ROWS))
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class ReferencePlan:
         return Overlapping(tile=tile, overlap=round(tile * self.overlap))
 
 
-LEAST_STRIP = 2**24  # bytes; what is smaller is not cut
+LEAST_ROWS = 4  # of a strip, which must see one more to either side
 
 SPACE = 8  # pixels per latent in the official program
 

@@ -23,6 +23,7 @@ from .tables import ConfigError
 
 logger = logging.getLogger("cviv_vae.training")
 
+ENCODER = ("model.encoder.", "model.to_moments.")  # how the names of what makes moments begin
 LOGVAR_START = -6.0  # a fresh posterior is narrow, so that the first reconstructions are not noise
 
 
@@ -130,7 +131,11 @@ def make_coder(config: TrainConfig) -> Coder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         make = _image_coder if config.stage == "image" else _video_coder
-        return make(config.model, config.run.checkpointing).train().requires_grad_(True)
+        coder = make(config.model, config.run.checkpointing).train().requires_grad_(True)
+    if config.model.train == "decoder":
+        for name, parameter in coder.named_parameters():
+            parameter.requires_grad_(not name.startswith(ENCODER))
+    return coder
 
 
 def _video_coder(config: ModelConfig, checkpointing: bool) -> Coder:

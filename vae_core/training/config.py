@@ -30,6 +30,7 @@ class ModelConfig:
     or 1 and 0.
     temporal_conv, branches, motion_perception: parts of a fresh IV-VAE, other than the published ones, see `IVParts`;
     where init is "weights" the file says them.
+    train: "decoder" leaves the encoder as it is, so that latents stay exactly what they were.
     """
 
     family: Literal["cv-vae", "cv-vae-sd3", "iv-vae"]
@@ -45,6 +46,7 @@ class ModelConfig:
     temporal_conv: TemporalConv = PUBLISHED.temporal_conv
     branches: Literal[1, 2] = PUBLISHED.branches
     motion_perception: bool = PUBLISHED.motion_perception
+    train: Literal["all", "decoder"] = "all"
 
     @property
     def parts(self) -> IVParts:

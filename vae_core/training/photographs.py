@@ -1,19 +1,24 @@
-"""The photographs that the demo weights were trained on, gathered from packages into one folder.
+r"""Pictures to train demo weights on, gathered from packages into one folder.
 
+    pip download --no-deps comfyui-workflow-templates-media-image==0.3.160 \
+        comfyui-workflow-templates-media-assets-01==0.1.48 comfyui-workflow-templates-media-assets-02==0.1.24
     pip download --no-deps --only-binary=:all: --python-version 3.10 --platform manylinux2014_x86_64 scipy==1.9.3
     npm pack @pmndrs/assets@1.7.0
     apt-get download lomiri-wallpapers-16.04 && dpkg -x lomiri-wallpapers-16.04_*.deb wallpapers
     pip install openexr
     python -m vae_core.training.photographs FOLDER --scipy scipy-1.9.3-*.whl --assets pmndrs-assets-1.7.0.tgz
-        --wallpapers wallpapers
+        --wallpapers wallpapers --templates comfyui_workflow_templates_media_image-*.whl --templates ...
 
-All of them are CC0 or in the public domain; `vae_core/demo/README.md` lists them one by one.
+The photographs are CC0 or in the public domain, the pictures of the templates under the MIT license, as their
+packages say. The demo weights were trained without those of the templates; `vae_core/demo/README.md` lists what they
+were trained on.
 """
 
 from __future__ import annotations
 
 import base64
 import bz2
+import io
 import pickletools
 import re
 import tarfile
@@ -25,7 +30,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageSequence
 
 SCIKIT_IMAGE = (
     "astronaut.png",
@@ -42,6 +47,7 @@ SCIKIT_IMAGE = (
 WALLPAPER = "seeding_by_Clements_Engelhardt.jpg"
 GREY = 0.2  # linear light that the geometric mean of a panorama is brought to
 EXPOSURE_LIMIT = 50.0
+TEMPLATE_SIDE = 288  # least short side that pictures of templates are shrunk to, so that compressed ones are sharp
 
 
 def from_scikit_image(out: Path) -> None:
@@ -103,11 +109,33 @@ def from_wallpapers(folder: Path, out: Path) -> None:
     picture.resize((960, height), Image.Resampling.BOX).save(out / "lomiri_seeding.png")
 
 
+def from_templates(wheel: Path, out: Path) -> None:
+    """Pictures of a wheel of ComfyUI's workflow templates; the middle frame of each animation."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if Path(name).suffix not in (".webp", ".png", ".jpg") or "/templates/" not in name:
+                continue
+            with Image.open(io.BytesIO(archive.read(name))) as image:
+                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+            if min(frames[0].size) < TEMPLATE_SIDE:
+                continue
+            _shrunk(frames[len(frames) // 2]).save(out / f"template_{Path(name).stem}.png")
+
+
+def _shrunk(picture: Image.Image) -> Image.Image:
+    """To a short side of TEMPLATE_SIDE, or of twice that where there is as much."""
+    side = min(picture.size)
+    short = TEMPLATE_SIDE * (2 if side >= 2 * TEMPLATE_SIDE else 1)
+    size = (round(picture.width * short / side), round(picture.height * short / side))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
 def main(
     out: Annotated[Path, typer.Argument(help="Folder to fill.")],
     scipy: Annotated[Path | None, typer.Option(help="The scipy 1.9.3 wheel.")] = None,
     assets: Annotated[Path | None, typer.Option(help="The @pmndrs/assets 1.7.0 package.")] = None,
     wallpapers: Annotated[Path | None, typer.Option(help="The unpacked lomiri-wallpapers-16.04.")] = None,
+    templates: Annotated[list[Path] | None, typer.Option(help="A wheel of ComfyUI's template media.")] = None,
 ) -> None:
     """Gather the photographs; what is not given is left out."""
     out.mkdir(parents=True, exist_ok=True)
@@ -118,6 +146,8 @@ def main(
         from_assets(assets, out)
     if wallpapers is not None:
         from_wallpapers(wallpapers, out)
+    for wheel in templates or ():
+        from_templates(wheel, out)
     typer.echo(f"{len(list(out.glob('*.png')))} photographs in {out}")
 
 

@@ -82,8 +82,13 @@ function removeStatus(node) {
 app.registerExtension({
   name: "cviv-vae.node-outputs",
   setup() {
+    const samplers = new Set(); // nodes of others that ours spoke on
+    api.addEventListener("cviv-vae.said", ({ detail }) => samplers.add(String(detail.node)));
     for (const name of ["execution_success", "execution_error", "execution_interrupted"]) {
-      api.addEventListener(name, () => allNodes().filter(isOurs).forEach(removeStatus));
+      api.addEventListener(name, () => {
+        allNodes().filter((node) => isOurs(node) || samplers.has(String(node.id))).forEach(removeStatus);
+        samplers.clear();
+      });
     }
   },
   beforeRegisterNodeDef(nodeType, nodeData) {

@@ -8,6 +8,8 @@ const LINE = 16; // pixels
 const CHROME = 10; // pixels of height that are not text
 const MARGIN = 4; // pixels around it
 const MOST_LINES = 16; // a longer report scrolls
+const FONT = "11px ui-sans-serif, system-ui, sans-serif";
+const EDGES = 60; // pixels of a node's width that the text does not get, at most
 
 const STYLE = `
 .cviv-report { box-sizing: border-box; width: 100%; overflow: hidden; border-radius: 6px; background: var(--comfy-input-bg);
@@ -31,6 +33,23 @@ function addStyle() {
   style.id = "cviv-report-style";
   style.textContent = STYLE;
   document.head.append(style);
+}
+
+let pen; // only measures
+
+/** How many lines a paragraph takes in `room` pixels, broken between words as the browser does it. */
+function linesOf(text, room) {
+  pen ??= document.createElement("canvas").getContext("2d");
+  pen.font = FONT;
+  const space = pen.measureText(" ").width;
+  let [lines, used] = [1, 0];
+  for (const word of text.split(" ")) {
+    const width = pen.measureText(word).width;
+    if (used && used + space + width > room) [lines, used] = [lines + 1, 0];
+    used += (used ? space : 0) + width;
+    if (used > room) [lines, used] = [lines + Math.ceil(used / room) - 1, used % room]; // a long word is broken
+  }
+  return lines;
 }
 
 class Report {
@@ -78,8 +97,8 @@ class Report {
   /** Pixels that it takes in a node of the width that it was last drawn at. */
   height() {
     if (this.folded) return LINE + CHROME;
-    const letters = Math.max(20, Math.floor(((this.width ?? 300) - 60) / 5.6)); // of 11 px in a line
-    const lines = (text) => text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
+    const room = Math.max(100, (this.width ?? 300) - EDGES);
+    const lines = (text) => text.split("\n").reduce((sum, line) => sum + linesOf(line, room), 0);
     return LINE * lines(this.line.textContent) + CHROME + 5 + LINE * Math.min(MOST_LINES, lines(this.details.textContent));
   }
 }

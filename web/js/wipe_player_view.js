@@ -1,5 +1,6 @@
 // The wipe player: two clips one over the other, a divider, single steps, zoom, a difference view, figures per frame.
 import { Frames, Pixels } from "./wipe_player_frames.js";
+import { Input } from "./wipe_player_input.js";
 import { addStyle, fill, icon, scaleOf, withUnit, WORDS } from "./wipe_player_style.js";
 import { Timeline } from "./wipe_player_timeline.js";
 
@@ -18,6 +19,7 @@ function make(tag, className, attributes = {}) {
   return element;
 }
 
+/** Its state, and how that is drawn; what the user does to it is in wipe_player_input.js. */
 export class WipePlayer {
   constructor(language) {
     addStyle();
@@ -52,7 +54,7 @@ export class WipePlayer {
     this.timeline = new Timeline(this.words, (frame) => this.seekFrame(frame));
     root.append(this.stage, this.timeline.element, this.figures, this.bar());
     this.element = root;
-    this.listen();
+    new Input(this);
   }
 
   bar() {
@@ -174,9 +176,15 @@ export class WipePlayer {
     const due = Math.floor(((now - this.started) * this.told.fps) / (1000 * this.told.stride));
     if (due <= this.index) return;
     if (due < this.told.count) this.index = due;
-    else if (!this.loop) return this.play(false);
+    else if (!this.loop) this.end();
     else Object.assign(this, { index: 0, started: null });
     this.draw();
+  }
+
+  /** Stop at the last frame, also where the page was too slow to show those before it. */
+  end() {
+    this.play(false);
+    this.index = this.told.count - 1;
   }
 
   showPlaying() {
@@ -340,105 +348,5 @@ export class WipePlayer {
     this.stage.classList.toggle("pannable", this.zoom > 1);
     this.fitButton.textContent = `${Math.round(this.zoom * 100)}%`;
     this.draw();
-  }
-
-  // ---------------------------------------------------------------------------------------------------------- events
-
-  listen() {
-    const { element, stage, handle } = this;
-    // what happens here is for the player, not for the graph around it; the middle button moves the graph
-    for (const name of ["pointerdown", "mousedown", "dblclick"]) {
-      element.addEventListener(name, (event) => event.button !== 1 && event.stopPropagation());
-    }
-    element.addEventListener("keydown", (event) => this.onKey(event));
-    handle.addEventListener("pointerdown", (event) => this.drag(event, (at) => this.dividerTo(at[0])));
-    stage.addEventListener("pointerdown", (event) => this.onStage(event));
-    stage.addEventListener("pointermove", (event) => {
-      this.cursor = this.dragging ? null : this.at(event);
-      this.draw();
-    });
-    stage.addEventListener("pointerleave", () => {
-      this.cursor = null;
-      this.draw();
-    });
-    stage.addEventListener("wheel", (event) => this.onWheel(event), { passive: false });
-  }
-
-  /** Where an event is on the stage, in its pixels. */
-  at(event) {
-    const box = this.stage.getBoundingClientRect();
-    const scale = scaleOf(this.stage);
-    return [(event.clientX - box.left) / scale, (event.clientY - box.top) / scale];
-  }
-
-  /** Follow the pointer until it is let go. */
-  drag(event, moved) {
-    if (event.button !== 0) return;
-    const target = event.currentTarget;
-    target.setPointerCapture(event.pointerId);
-    Object.assign(this, { dragging: true, cursor: null });
-    const move = (next) => moved(this.at(next));
-    const end = () => {
-      target.removeEventListener("pointermove", move);
-      this.dragging = false;
-      this.stage.classList.remove("panning");
-    };
-    target.addEventListener("pointermove", move);
-    for (const name of ["pointerup", "pointercancel"]) target.addEventListener(name, end, { once: true });
-  }
-
-  dividerTo(x) {
-    if (!this.told) return;
-    const { box } = this.place();
-    this.setDivider((x - box[0]) / box[1]);
-  }
-
-  /** Beside the divider: zoomed in, the picture is moved; else the divider comes to the pointer. */
-  onStage(event) {
-    if (event.button !== 0 || !this.told || this.handle.contains(event.target)) return;
-    this.element.focus({ preventScroll: true });
-    if (this.zoom === 1) {
-      this.dividerTo(this.at(event)[0]);
-      return this.drag(event, (at) => this.dividerTo(at[0]));
-    }
-    const [start, pan] = [this.at(event), [...this.pan]];
-    this.stage.classList.add("panning");
-    this.drag(event, (at) => {
-      this.pan = pan.map((shift, axis) => shift + at[axis] - start[axis]);
-      this.draw();
-    });
-  }
-
-  /** The wheel zooms the picture. */
-  onWheel(event) {
-    if (!this.told) return;
-    event.preventDefault();
-    event.stopPropagation();
-    this.zoomBy(1.0018 ** -event.deltaY, this.at(event));
-  }
-
-  onKey(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "SELECT") return;
-    const onDivider = event.target === this.handle;
-    const along = (by) => (onDivider ? this.setDivider(this.divider + 0.02 * by) : this.step(by));
-    const acts = {
-      ArrowLeft: () => along(-1),
-      ArrowRight: () => along(1),
-      Home: () => (onDivider ? this.setDivider(0) : this.seekFrame(0)),
-      End: () => (onDivider ? this.setDivider(1) : this.seekFrame(this.told.frames - 1)),
-      "+": () => this.zoomBy(1.5),
-      "=": () => this.zoomBy(1.5),
-      "-": () => this.zoomBy(1 / 1.5),
-      0: () => this.fit(),
-      d: () => this.setDifference(!this.differing),
-      l: () => this.setLoop(!this.loop),
-      f: () => this.fullScreen(),
-      " ": () => this.play(!this.playing),
-    };
-    const act = acts[event.key] ?? acts[event.key.toLowerCase()];
-    if (!act || !this.told || (event.key === " " && event.target.tagName === "BUTTON")) return;
-    event.preventDefault();
-    event.stopPropagation();
-    act();
   }
 }
