@@ -153,12 +153,16 @@ class AudioTrack:
             yield packet
 
     def _encode(self, stream: AudioStream, target: AudioStream) -> Iterator[Packet[AudioStream]]:
-        resampler = _resampler(target)
+        resampler, form = _resampler(target), None
         for packet in self._in_range(stream):
             frames: list[AudioFrame] = []
             with contextlib.suppress(FFmpegError):  # a damaged packet is a gap, not the end of the film
                 frames = stream.codec_context.decode(packet)
             for frame in frames:
+                now = frame.format.name, frame.layout.name, frame.sample_rate
+                if form not in (None, now):
+                    resampler = _resampler(target)  # the sound changes on the way; what is less than a block is lost
+                form = now
                 for part in resampler.resample(finely_timed(frame)):
                     yield from target.encode(part)
         for part in resampler.resample(None):

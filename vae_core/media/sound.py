@@ -60,16 +60,24 @@ def read_sound(
         if stream is None:
             return None
         rate = stream.codec_context.sample_rate
-        layout = None if stream.channels in LAYOUTS else "stereo"
+        layout = LAYOUTS.get(stream.channels, "stereo")
         collected: _Collected | None = None
-        resampler = AudioResampler(format="fltp", layout=layout, rate=rate or None)
+        resampler: AudioResampler | None = None
+        form: tuple[object, ...] = ()
         for frame in sound_frames(container, stream, shifts.get(stream.index, ())):
             if collected is None:
                 if frame is None:
                     return None
                 rate = rate or frame.sample_rate  # not known before it is decoded, as in some transport streams
                 collected = _Collected(first, rate, None if end is None else round((end - first) * rate))
-            for part in resampler.resample(None if frame is None else finely_timed(frame)):
+            parts: list[AudioFrame] = []
+            now = form if frame is None else (frame.format.name, frame.layout.name, frame.sample_rate)
+            if now != form:  # sound may change on the way; what comes out does not
+                parts += resampler.resample(None) if resampler is not None else []
+                resampler, form = AudioResampler(format="fltp", layout=layout, rate=rate), now
+            if resampler is not None:
+                parts += resampler.resample(None if frame is None else finely_timed(frame))
+            for part in parts:
                 collected.add(part)
             if collected.full:
                 break
