@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from vae_core import StripPlan, TilePlan, VideoVAE
+from vae_core.door import output
 from vae_core.door.output import collect, host_frames, make_frames
 from vae_core.plan.planner import measured_margin
 from vae_core.plan.rates import rates_of
-from vae_core.run import output
 
 from ..conftest import network_of
 from .full_size import FULL

@@ -123,7 +123,7 @@ def test_lpips_without_torchmetrics_says_what_to_install(tmp_path: Path, monkeyp
     state = {f"features.{name}": tensor for name, tensor in _backbone("alex").state_dict().items()}
     torch.save(state, tmp_path / "alex.pth")
     monkeypatch.setitem(sys.modules, "torchmetrics", None)  # as if it were not installed
-    with pytest.raises(CheckpointError, match=r"come with torchmetrics, which is not installed: pip install 'cviv-vae"):
+    with pytest.raises(CheckpointError, match=r"come with torchmetrics, which is not installed: pip install -e"):
         load_lpips(tmp_path / "alex.pth")
 
 

@@ -109,7 +109,7 @@ def test_what_strips_are_said_to_need_is_what_they_need(
         for chunk in vae.decode_stream(x, plan=plan) if decoding else vae.encode_stream([x], plan=plan):
             del chunk
     said_device = said.waiting_bytes + said.working_bytes
-    assert profile.device.peak <= 1.05 * said_device
+    assert profile.device.peak <= 1.08 * said_device
     assert said_device <= 1.25 * profile.device.peak
     assert profile.host.peak == pytest.approx(said.host_bytes, rel=0.1, abs=2**27)
     assert moved == pytest.approx(said.transfer_bytes, rel=0.1)

@@ -12,13 +12,14 @@ import torch
 from ..families import Direction, Family, Network
 from ..nn.clip import Clip
 from ..nn.region import Region, Size
-from ..nn.steps import Memory, Step
+from ..nn.steps import Kernels, Memory, Step
 from ..run.executor import Job, Pass
 from ..run.segments import Segment
 from .profile import Profile
 
 META = torch.device("meta")
-PROBES: tuple[Size, Size, Size] = ((32, 32), (64, 64), (32, 64))  # frames that are walked, in latents
+PROBES: tuple[Size, Size] = ((32, 32), (64, 64))  # frames that are walked, in latents
+LEAST: Size = (4, 4)  # so small that what is held does not depend on the size: layers make kernels of their weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Cost:
     """What a run of steps, or a segment of whole frames, takes over a region of (height, width) pixels of its input.
 
     area, edge, fixed: bytes that it holds at most in addition to its input, for each pixel, for each pixel of height
-    plus width, and whatever the size. flops, moved: of each of its steps, for each pixel of output; bytes that
+    plus width, and at least. flops, moved: of each of its steps, for each pixel of output; bytes that
     operators read and write. scores: FLOPs for each pair of input pixels, of attention. remembered: bytes that each
     step keeps for the next chunk, for each pixel of its input. output: bytes of what it gives, for each pixel of that.
     largest: elements of the largest tensor of a convolution, for each pixel.
@@ -44,7 +45,7 @@ class Cost:
 
     def held(self, size: Size) -> float:
         """Bytes that it holds at most in addition to its input."""
-        return self.area * size[0] * size[1] + self.edge * (size[0] + size[1]) + self.fixed
+        return max(self.fixed, self.area * size[0] * size[1] + self.edge * (size[0] + size[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +76,11 @@ def footprint(
 ) -> Footprint:
     """Of one chunk of a clip of `latents` latents, one of the later ones where these are different."""
     network = meta_network(family, config, halves, dtype)
-    small, large, wide = (_walked(network, dtype, direction, size, latents) for size in PROBES)
+    kernels = Kernels()
+    least, small, large = (_walked(network, dtype, direction, size, latents, kernels) for size in (LEAST, *PROBES))
     costs = [
         tuple(_fitted(*seen) for seen in zip(*runs, strict=True))
-        for runs in zip(small.runs, large.runs, wide.runs, strict=True)
+        for runs in zip(least.runs, small.runs, large.runs, strict=True)
     ]
     return Footprint(costs=tuple(costs), outputs=tuple(large.outputs), kernels=large.kernels)
 
@@ -100,8 +102,9 @@ class Seen:
 class _Watched(Pass):
     """A pass over whole frames that writes down what every run of steps takes."""
 
-    def __init__(self, network: Network, direction: Direction, profile: Profile) -> None:
+    def __init__(self, network: Network, direction: Direction, profile: Profile, kernels: Kernels) -> None:
         super().__init__(network, direction, None, between=self._note)
+        self._kernels = kernels
         self.profile = profile
         self.runs: list[list[Seen]] = []
         self.outputs: list[float] = []
@@ -167,13 +170,15 @@ class _Watched(Pass):
         )
 
 
-def _walked(network: Network, dtype: torch.dtype, direction: Direction, size: Size, latents: int) -> _Watched:
+def _walked(
+    network: Network, dtype: torch.dtype, direction: Direction, size: Size, latents: int, kernels: Kernels
+) -> _Watched:
     family, config = network.family, network.config
     windows, compression = family.windows(direction), family.compression
     frames = latents if direction == "decode" else compression.pixel_frames(latents)
     channels, factor = (config.latent_channels, 1) if direction == "decode" else (3, compression.space)
     with Profile() as profile:
-        watched = _Watched(network, direction, profile)
+        watched = _Watched(network, direction, profile, kernels)
         lengths = [min(frames, windows.first)]
         if frames > windows.first and not windows.overlap:
             lengths.append(windows.step)  # a later chunk, which is another than the first
@@ -185,18 +190,16 @@ def _walked(network: Network, dtype: torch.dtype, direction: Direction, size: Si
     return watched
 
 
-def _fitted(one: Seen, two: Seen, three: Seen) -> Cost:
-    """held = area * height * width + edge * (height + width) + fixed; flops of a frame = linear + scores * area^2."""
-    (a1, e1), (a2, e2), (a3, e3) = ((h * w, h + w) for h, w in (one.size, two.size, three.size))
-    more, wider = two.held - one.held, three.held - one.held
-    area = (more * (e3 - e1) - wider * (e2 - e1)) / ((a2 - a1) * (e3 - e1) - (a3 - a1) * (e2 - e1))
-    edge = (more - area * (a2 - a1)) / (e2 - e1)
+def _fitted(least: Seen, one: Seen, two: Seen) -> Cost:
+    """held = area * (height * width) + edge * (height + width); flops of whole frames = linear + scores * area^2."""
+    (a1, e1), (a2, e2) = ((h * w, h + w) for h, w in (one.size, two.size))
+    area = (two.held * e1 - one.held * e2) / (a2 * e1 - a1 * e2)
     scores = (sum(two.flops) / a2 - sum(one.flops) / a1) / (a2 - a1)
     linear = 1 - scores * a2 * a2 / max(1, sum(two.flops))
     return Cost(
         area=area,
-        edge=edge,
-        fixed=one.held - area * a1 - edge * e1,
+        edge=(two.held - area * a2) / e2,
+        fixed=least.held,
         flops=tuple(linear * flops / out for flops, out in zip(two.flops, two.areas, strict=True)),
         moved=tuple(moved / out for moved, out in zip(two.moved, two.areas, strict=True)),
         scores=scores,

@@ -229,13 +229,9 @@ class _Simulation:
         ends = segment.waits and segment.steps[0].adds is not None
         if ends and index > 1 and kept is not None and kept.made is None and kept.nbytes >= nbytes:
             out.share, out.memory, out.claimed = kept.share, kept.memory, kept.claimed
-            out.ram = kept.ram if kept.nbytes == nbytes else _in_blocks((1 - out.share) * nbytes)
-            kept.memory, kept.claimed, kept.own, kept.ram = (
-                0.0,
-                0.0,
-                False,
-                kept.ram - (out.ram if kept.nbytes == nbytes else 0.0),
-            )
+            out.ram = kept.ram
+            kept.memory = kept.claimed = kept.ram = 0.0
+            kept.own = False
             return out
         rows = segment.sizes[-1][0]
         out.share = 1.0 if left >= nbytes else max(0.0, left) * rows // nbytes / rows
@@ -291,10 +287,10 @@ class _Simulation:
 
     def _next(self, out: _Waiting, *, keeps: bool) -> None:
         """The segment is through."""
-        kept, self.kept = self.kept, self.source if keeps else None
-        for waiting in (None if kept is None else kept.root, None if keeps or out.made else self.source.root):
-            if waiting is not None and waiting.own and waiting is not out.root:
-                self.spare = waiting.memory
+        self.kept = self.source if keeps else None
+        source = self.source.root
+        if source.own and not keeps and source is not out.root:
+            self.spare = source.memory
         self.source = out
 
 

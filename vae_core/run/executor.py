@@ -216,7 +216,7 @@ class Pass:
             progress.kept = source
         else:
             if progress.kept is not None:
-                progress.kept.free()
+                progress.kept.free(again=False)
             progress.kept = None
             if not isinstance(job.out, Again):
                 source.free()

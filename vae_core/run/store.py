@@ -137,9 +137,9 @@ class Canvas:
         """All of it, on the device."""
         return self.read(full(self.size)).tensor()
 
-    def free(self) -> None:
-        """Give the memory back, for the next canvas."""
-        if self._data is not None and self._own:
+    def free(self, *, again: bool = True) -> None:
+        """Give the memory back; on the device, where it is wanted `again`, for the next canvas."""
+        if self._data is not None and self._own and again:
             self._store.give(self._data)
         else:
             self._store.release(self._claimed)
@@ -238,9 +238,9 @@ class Again:
         """All of it."""
         return self.read(full(self.size)).tensor()
 
-    def free(self) -> None:
+    def free(self, *, again: bool = True) -> None:
         """Let go of what it is made of."""
-        self._source.free()
+        self._source.free(again=again)
 
 
 AnyCanvas = Canvas | Again

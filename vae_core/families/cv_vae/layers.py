@@ -122,8 +122,8 @@ class Upsample(Layer):
         out = empty((b, c, self.parts * t - (self.parts - 1), axes[0].size, axes[1].size), x)
         for phase, kernel in enumerate(at.kernel(self, "phases", lambda: summed(self.conv.weight, phase_kernels))):
             rows, columns = (axis.of(n) for axis, n in zip(axes, divmod(phase, 2), strict=True))
-            y = list(self.conv.over_time(x, kernel, own, plain=at.plain))
-            self._put(y, (rows[0], columns[0]), out[..., rows[1], columns[1]], plain=at.plain)
+            y = self.conv.over_time(x, kernel, own, plain=at.plain)  # held no longer than until it is put
+            self._put(list(y), (rows[0], columns[0]), out[..., rows[1], columns[1]], plain=at.plain)
         return Clip([out])
 
     def _put(self, y: list[tuple[int, Tensor]], valid: tuple[slice, slice], out: Tensor, *, plain: bool) -> None:
