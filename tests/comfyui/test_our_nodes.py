@@ -157,7 +157,7 @@ def test_strips_and_tiles_give_whole_frames(comfy: Comfy, load_vae: LoadVAE) -> 
         vae = load_vae(SMALL[name])
         latent, _ = encode(comfy, vae, picture(5, 64, 96))
         plain, _, report = decode(comfy, vae, latent)
-        budget = 0.8 * vae.codec.decode_bytes(8, 12, frames=5) / 2**30
+        budget = 0.93 * vae.codec.decode_bytes(8, 12, frames=5) / 2**30
         tiled, _, tiled_report = decode(comfy, vae, latent, memory_budget_gb=budget)
         assert "Whole frames" in report
         assert re.search(r"^Exact (strips|tiles) of .*[ ,]([2-9]|\d\d+) per chunk", tiled_report, re.MULTILINE)
