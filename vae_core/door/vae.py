@@ -266,7 +266,7 @@ class VideoVAE:
         options: PlanOptions = {"device": self.device, **limits}
         if options.get("budget_bytes") is None and self.device.type == "cuda":
             options["budget_bytes"] = int(AUTOMATIC_SHARE * torch.cuda.mem_get_info(self.device)[0])
-        if plan is None:
+        if plan is None and (self.device.type != "cpu" or options.get("budget_bytes") or options.get("ram_bytes")):
             plan = self._plan(shape, direction, {**options, "required": True}).tiles
         return chain([first], rest), plan, lambda _, ran: self.smaller_plan(ran, shape, direction, **options)
 
