@@ -17,7 +17,7 @@ import torch
 from .calls import DECODE_TO_VIDEO, SAVE_VIDEO, encode, play, saved_path, tone
 from .conftest import LoadVAE
 from .inprocess import Comfy
-from .test_lazy_video import _audio, _clip, _lazy, _Maker
+from .lazy import Maker, chirp, lazy, shades
 from .weights import SMALL, picture
 
 
@@ -45,8 +45,8 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 @pytest.mark.parametrize("container", ["mp4", "mov", "mkv", "webm"])
 @pytest.mark.parametrize("sound", [True, False])
 def test_a_copy_has_the_same_content_and_other_texts(comfy: Comfy, tmp_path: Path, container: str, sound: bool) -> None:
-    maker = _Maker(_clip(60))
-    video = _lazy(comfy, maker, audio=_audio(3) if sound else None)
+    maker = Maker(shades(60))
+    video = lazy(comfy, maker, audio=chirp(3) if sound else None)
     first, second = tmp_path / f"a.{container}", tmp_path / f"b.{container}"
     video.save_to(str(first), format=container, metadata={"prompt": {"run": 1}})
     video.save_to(str(second), format=container, metadata={"prompt": {"run": 2}, "workflow": {"name": "é"}})
@@ -67,8 +67,8 @@ def test_a_copy_has_the_same_content_and_other_texts(comfy: Comfy, tmp_path: Pat
 
 
 def test_another_form_is_decoded_anew(comfy: Comfy, tmp_path: Path) -> None:
-    maker = _Maker(_clip(20))
-    video = _lazy(comfy, maker)
+    maker = Maker(shades(20))
+    video = lazy(comfy, maker)
     video.save_to(str(tmp_path / "a.mp4"))
     for number, choice in enumerate(({"crf": 30.0}, {"bit_depth": 10}, {"codec": "av1"}, {"format": "mkv"}), 2):
         video.save_to(str(tmp_path / f"{number}.mp4"), **choice)
@@ -79,8 +79,8 @@ def test_another_form_is_decoded_anew(comfy: Comfy, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["deleted", "changed", "moved"])
 def test_a_file_that_is_not_as_it_was_is_no_source(comfy: Comfy, tmp_path: Path, how: str) -> None:
-    maker = _Maker(_clip(20))
-    video, path = _lazy(comfy, maker), tmp_path / "a.mp4"
+    maker = Maker(shades(20))
+    video, path = lazy(comfy, maker), tmp_path / "a.mp4"
     video.save_to(str(path))
     if how == "deleted":
         path.unlink()
@@ -95,8 +95,8 @@ def test_a_file_that_is_not_as_it_was_is_no_source(comfy: Comfy, tmp_path: Path,
 
 
 def test_a_writing_that_failed_is_no_source(comfy: Comfy, tmp_path: Path) -> None:
-    maker = _Maker(_clip(60), fail_at=40)
-    video = _lazy(comfy, maker)
+    maker = Maker(shades(60), fail_at=40)
+    video = lazy(comfy, maker)
     with pytest.raises(KeyboardInterrupt):
         video.save_to(str(tmp_path / "a.mp4"))
     maker.fail_at = None
@@ -105,8 +105,8 @@ def test_a_writing_that_failed_is_no_source(comfy: Comfy, tmp_path: Path) -> Non
 
 
 def test_a_part_is_not_taken_for_the_whole(comfy: Comfy, tmp_path: Path) -> None:
-    maker = _Maker(_clip(60))
-    video = _lazy(comfy, maker)
+    maker = Maker(shades(60))
+    video = lazy(comfy, maker)
     video.save_to(str(tmp_path / "a.mp4"))
     video.as_trimmed(0, 1.0).save_to(str(tmp_path / "b.mp4"))
     assert len(content(tmp_path / "b.mp4")["frames"]) == 24
@@ -144,7 +144,7 @@ def test_runs_and_nodes_decode_once(comfy: Comfy, load_vae: LoadVAE) -> None:
 def test_a_picture_sequence_keeps_its_bits(comfy: Comfy, tmp_path: Path) -> None:
     """A copy of a file of 10 bits has 10 bits."""
     noise = torch.rand(5, 48, 64, 3, generator=torch.Generator().manual_seed(0))
-    video = _lazy(comfy, _Maker(noise))
+    video = lazy(comfy, Maker(noise))
     for name in ("a", "b"):
         video.save_to(str(tmp_path / f"{name}.mp4"), bit_depth=10)
     with av.open(str(tmp_path / "b.mp4")) as file:
