@@ -32,7 +32,7 @@ from vae_core.training.losses import (
 )
 from vae_core.training.objective import Objective, Trained, check_channels
 from vae_core.training.regularization import MAPPINGS, decoded_frames, encoded_frames, map_frames
-from vae_core.training.schedule import Optimizers, rate_factor
+from vae_core.training.schedule import Optimizers, moving_average, moving_share, rate_factor
 from vae_core.training.sources import frozen_image_vae
 
 from .image_vae_2d import our_image_vae
@@ -266,3 +266,48 @@ def test_gradients_that_are_not_finite_change_nothing() -> None:
     norm, _ = optimizers.step(0, 10)
     assert not math.isfinite(norm)
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(("kind", "share_of_all"), [("apart", 1.0), ("together", 0.1)])
+def test_the_log_variance_leaves_the_gradient_to_the_others(kind: str, share_of_all: float) -> None:
+    """Summed over a frame, its gradient is of the size of the frame: in one norm, it takes all the others away."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv3d(3, 3, 1)
+            self.log_variances = nn.ParameterDict({"reconstruction": nn.Parameter(torch.zeros(()))})
+
+    network = Network()
+    nn.init.zeros_(network.layer.weight)
+    nn.init.zeros_(network.layer.bias)
+    optimizers = Optimizers(
+        network, OptimizerConfig(learning_rate=1e-3, clip_log_variances=kind), apart="log_variances."
+    )
+    video = torch.randn(1, 3, 1, 64, 64) * 0.02
+    distance = pixel_distance(network.layer(video), video, "l2")
+    likelihood(distance, network.log_variances["reconstruction"]).backward()
+    assert float(network.log_variances["reconstruction"].grad) > 10_000  # type: ignore[arg-type]
+    clipped: dict[str, Tensor] = {}
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    for optimizer in optimizers._optimizers:
+        optimizer.register_step_pre_hook(
+            lambda used, *_: clipped.update(
+                {names[id(p)]: p.grad.clone() for group in used.param_groups for p in group["params"]}
+            )
+        )
+    optimizers.step(0, 10)
+    norm = float(torch.cat([gradient.flatten() for name, gradient in clipped.items() if "layer" in name]).norm())
+    assert (norm == pytest.approx(1, rel=1e-3)) if share_of_all == 1 else norm < share_of_all
+    assert float(clipped["log_variances.reconstruction"].abs()) <= 1
+
+
+def test_a_moving_average_warms_up() -> None:
+    assert [moving_share(n, 0.999) for n in (0, 10, 100_000)] == [0.1, 0.55, 0.999]
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    warmed = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average(0.999))
+    for step in range(1, 41):
+        nn.init.constant_(model.weight, step / 40)
+        warmed.update_parameters(model)
+    assert float(warmed.module.weight.detach()) > 0.85  # with 0.999 from the start it would be 0.04

@@ -167,6 +167,9 @@ class OptimizerConfig:
 
     With "muon" (Jordan et al. 2024), learning_rate is that of the kernels and everything else has AdamW at a fifth.
     least: the share of the learning rate that the cosine ends at.
+    clip: the most that the gradient's norm may be. A learned log-variance has a gradient of as many as the frame has
+    values, which fills the norm until it has settled (tens of thousands of steps at 1e-4) and leaves the rest of the
+    gradient small against `eps`: clip_log_variances "apart" clips it by itself; "together", as published, does not.
     """
 
     learning_rate: float
@@ -177,6 +180,7 @@ class OptimizerConfig:
     eps: float = 1e-4
     weight_decay: float = 0.01
     clip: float = 1.0
+    clip_log_variances: Literal["apart", "together"] = "apart"
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.clip <= 0 or self.warm_up < 0 or not 0 <= self.least <= 1:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from . import processes
 from .checkpoint import WEIGHTS, Checkpoints, TrainingError, read_checkpoint
@@ -24,7 +24,7 @@ from .draws import Draws, draw
 from .journal import Journal
 from .losses import discriminator_hinge, find_lpips
 from .objective import Objective, Trained, check_channels, full
-from .schedule import Optimizers
+from .schedule import Optimizers, moving_average
 from .sources import frozen_image_vae, open_batches
 from .tables import as_table, changes
 from .validation import Validation, validate, validation_clips
@@ -78,7 +78,10 @@ class Trainer:
         self.checkpoints = Checkpoints(folder=config.out / "checkpoints", keep=config.run.keep)
         self.trained = Trained(make_coder(config), config.regularization).to(device)
         self.optimizers = Optimizers(
-            self.trained, config.optimizer, output_layer=f"coder.{self.trained.coder.output_layer}"
+            self.trained,
+            config.optimizer,
+            output_layer=f"coder.{self.trained.coder.output_layer}",
+            apart="log_variances.",
         )
         self.discriminator, self.discriminator_optimizers = self._make_discriminator()
         self.averaged = self._make_average()
@@ -297,7 +300,7 @@ class Trainer:
         share = self.config.run.ema
         if share == 0:
             return None
-        averaged = AveragedModel(self.coder, multi_avg_fn=get_ema_multi_avg_fn(share))
+        averaged = AveragedModel(self.coder, multi_avg_fn=moving_average(share))
         return averaged.requires_grad_(False)
 
     def _make_objective(self) -> Objective:

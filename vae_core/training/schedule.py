@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,36 @@ def rate_factor(step: int, steps: int, *, warm_up: int, least: float) -> float:
     return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
+def moving_share(steps: int, share: float) -> float:
+    """What a moving average keeps of itself after `steps` steps: less at first, so that it is not the start for long."""
+    return min(share, (1 + steps) / (10 + steps))
+
+
+def moving_average(share: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """How an `AveragedModel` takes in the weights after a step: `share` of itself stays, less at first."""
+
+    @torch.no_grad()
+    def take_in(average: list[Tensor], weights: list[Tensor], steps: Tensor | int) -> None:
+        torch._foreach_lerp_(average, weights, 1 - moving_share(int(steps), share))  # pyright: ignore[reportPrivateUsage]
+
+    return take_in
+
+
 class Optimizers:
-    """The optimizers of one network under one schedule. output_layer: how the names of its last layer begin."""
+    """The optimizers of one network under one schedule.
+
+    output_layer: how the names of its last layer begin. apart: names of parameters whose gradients are clipped by
+    themselves, see `OptimizerConfig`.
+    """
 
     def __init__(
-        self, model: nn.Module, config: OptimizerConfig, *, output_layer: str = "", learning_rate: float | None = None
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        *,
+        output_layer: str = "",
+        apart: str = "",
+        learning_rate: float | None = None,
     ) -> None:
         self.config = config
         rate = config.learning_rate if learning_rate is None else learning_rate
@@ -35,7 +61,9 @@ class Optimizers:
             is_matrix = parameter.ndim >= 2 and min(parameter.flatten(1).shape) > 1
             muon = config.kind == "muon" and is_matrix and not (output_layer and output_layer in name)
             (kernels if muon else others).append(parameter)
-        self.parameters = [*kernels, *others]
+        lone = [p for name, p in model.named_parameters() if apart and name.startswith(apart)]
+        self._apart = lone if config.clip_log_variances == "apart" else []
+        self._joined = [p for p in (*kernels, *others) if not any(p is other for other in self._apart)]
         self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 others,
@@ -52,9 +80,12 @@ class Optimizers:
     def step(self, step: int, steps: int) -> tuple[float, float]:
         """Clip the gradients, make step `step` of `steps`, clear the gradients; the gradient norm and learning rate.
 
-        Where the norm is not finite nothing is changed.
+        The norm is that of what is clipped together. Where one is not finite nothing is changed.
         """
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
+        norm = float(nn.utils.clip_grad_norm_(self._joined, self.config.clip))
+        for parameter in self._apart:
+            alone = float(nn.utils.clip_grad_norm_(parameter, self.config.clip))
+            norm = norm if math.isfinite(alone) else alone
         factor = rate_factor(step, steps, warm_up=self.config.warm_up, least=self.config.least)
         for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
