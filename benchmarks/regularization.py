@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from vae_core.training.config import RegularizationConfig, TrainConfig, read_config
-from vae_core.training.journal import read_log
-from vae_core.training.loop import Trainer, Watch
+from vae_core.training.journal import Watch, read_log
+from vae_core.training.loop import Trainer
 from vae_core.training.regularization import MAPPINGS
 from vae_core.training.sources import frozen_image_vae
 from vae_core.training.validation import validate

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vae_core.training import processes
+from vae_core.training.checkpoint import read_checkpoint
 from vae_core.training.clips import Batch, BatchKind
 from vae_core.training.config import (
     DataConfig,
@@ -28,9 +29,11 @@ from vae_core.training.config import (
     TrainConfig,
 )
 from vae_core.training.draws import generator_for
-from vae_core.training.loop import Trainer, Watch
+from vae_core.training.journal import Watch
+from vae_core.training.loop import Trainer
 
 SIDE = 16
+CPU = torch.device("cpu")
 SIZES: dict[str, dict[str, Any]] = {
     "cv-vae": {"widths": (32, 32, 32, 32), "blocks_per_level": 1, "latent_channels": 4},
     "iv-vae": {"dim": 4, "latent_channels": 4},
@@ -49,7 +52,7 @@ class Squares:
         frames: int,
         *,
         again: bool = False,
-        poisoned_at: int | None = None,
+        poisoned_at: tuple[int, ...] = (),
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -61,7 +64,7 @@ class Squares:
             still = self.frames > 1 and self.index % 2 == 1
             first = 0 if self.again else (self.index * self.world + self.rank) * self.batch
             video = torch.stack([self._clip(first + i, 1 if still else self.frames) for i in range(self.batch)])
-            if self.index == self.poisoned_at:
+            if self.index in self.poisoned_at:
                 video[0] = torch.nan
             self.index += 1
             yield Batch(video=video, kind="image" if still else "video", index=self.index - 1)
@@ -106,6 +109,27 @@ def watching(stop_at: int | None = None, seen: list[Mapping[str, float]] | None 
             seen.append(figures)
 
     return Watch(step=step, validation=lambda done, figures: None, should_stop=lambda: steps[0] == stop_at)
+
+
+def same_checkpoints(a: Path, b: Path) -> None:
+    """Assert that two checkpoints hold the same bits, but for the folder they were written to."""
+    first, second = read_checkpoint(a), read_checkpoint(b)
+    first["config"].pop("out"), second["config"].pop("out")
+
+    def compare(x: Any, y: Any, name: str) -> None:
+        assert type(x) is type(y), name
+        if isinstance(x, dict):
+            assert list(x) == list(y), name
+            for key in x:
+                compare(x[key], y[key], f"{name}.{key}")
+        elif isinstance(x, list):
+            assert len(x) == len(y)
+            for i, (p, q) in enumerate(zip(x, y, strict=True)):
+                compare(p, q, f"{name}[{i}]")
+        else:
+            assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, name
+
+    compare(first, second, "")
 
 
 def main() -> None:

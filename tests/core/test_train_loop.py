@@ -9,12 +9,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from typer.testing import CliRunner
 
 import vae_core
@@ -37,9 +35,7 @@ from vae_core.training.journal import read_log, sample_grid
 from vae_core.training.loop import FINAL, Trainer
 
 from .image_vae_2d import our_image_vae
-from .small_training import SIDE, Squares, small_config, watching
-
-CPU = torch.device("cpu")
+from .small_training import CPU, SIDE, Squares, same_checkpoints, small_config, watching
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,27 +44,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def _same(a: Path, b: Path) -> None:
-    """Assert that two checkpoints hold the same bits, but for the folder they were written to."""
-    first, second = read_checkpoint(a), read_checkpoint(b)
-    first["config"].pop("out"), second["config"].pop("out")
-
-    def compare(x: Any, y: Any, name: str) -> None:
-        assert type(x) is type(y), name
-        if isinstance(x, dict):
-            assert list(x) == list(y), name
-            for key in x:
-                compare(x[key], y[key], f"{name}.{key}")
-        elif isinstance(x, list):
-            assert len(x) == len(y)
-            for i, (p, q) in enumerate(zip(x, y, strict=True)):
-                compare(p, q, f"{name}[{i}]")
-        else:
-            assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, name
-
-    compare(first, second, "")
 
 
 def _image_file(folder: Path) -> str:
@@ -94,7 +69,9 @@ def test_a_stopped_and_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Pat
     second.resume()
     assert second.step == 3
     assert second.run(watching())
-    _same(tmp_path / "whole/checkpoints/step_00000006.ckpt", tmp_path / "parts/checkpoints/step_00000006.ckpt")
+    same_checkpoints(
+        tmp_path / "whole/checkpoints/step_00000006.ckpt", tmp_path / "parts/checkpoints/step_00000006.ckpt"
+    )
     assert read_log(tmp_path / "whole/log.jsonl") == read_log(tmp_path / "parts/log.jsonl")
     whole, parts = (vae_core.load(tmp_path / name / FINAL).model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -140,17 +117,47 @@ def test_a_few_steps_lower_the_error(stage: str, family: str, tmp_path: Path) ->
         assert torch.allclose(found, Trainer(begun, CPU, Squares(1, 1)).coder.moments(still)[0], atol=1e-4)
 
 
-def test_values_that_are_not_finite_stop_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
-    trainer = Trainer(small_config(tmp_path), CPU, Squares(1, 5, poisoned_at=4))
-    with pytest.raises(TrainingError, match=r"Step 5 gave .*l1.* checkpoint is .*step_00000004.ckpt: go on"):
-        trainer.run(watching())
-    for _, path in trainer.checkpoints.all():
-        state = read_checkpoint(path)
-        assert all(torch.isfinite(tensor).all() for tensor in state["trained"].values())
-    first = Trainer(small_config(tmp_path / "at once"), CPU, Squares(1, 5, poisoned_at=0))
-    with pytest.raises(TrainingError, match=r"Step 1 gave .*There is none yet, with a smaller rate \(--set optimizer"):
-        first.run(watching())
-    assert all(torch.isfinite(parameter).all() for parameter in first.trained.parameters())
+def test_the_log_has_the_means_of_both_sides(tmp_path: Path) -> None:
+    """Every second step is the discriminator's: logged every fourth alone, they would never be seen."""
+    config = small_config(
+        tmp_path,
+        discriminator=DiscriminatorConfig(start=0, width=32),
+        run=replace(small_config(tmp_path).run, steps=8, log_every=4, save_every=3, keep=9),
+    )
+    seen: list[Mapping[str, float]] = []
+    trainer = Trainer(config, CPU, Squares(1, 5))
+    plain = trainer._one_step
+    trainer._one_step = lambda batches: seen.append(plain(batches)) or seen[-1]  # type: ignore[method-assign]
+    assert trainer.run(watching())
+    log = read_log(tmp_path / "log.jsonl")
+    assert [line["step"] for line in log] == [4, 8]
+    for line, steps in zip(log, (seen[:4], seen[4:]), strict=True):
+        for name in ("l1", "nll", "discriminator", "score_gap", "gradient_norm"):
+            values = [figures[name] for figures in steps if name in figures]
+            assert len(values) == 2
+            assert line[name] == pytest.approx(sum(values) / 2)
+    (tmp_path / "checkpoints/step_00000008.ckpt").unlink()
+    resumed = Trainer(config, CPU, Squares(1, 5))
+    resumed.resume()  # in the middle of a window
+    assert resumed.step == 6
+    assert resumed.run(watching())
+    assert read_log(tmp_path / "log.jsonl") == log
+
+
+def test_a_run_goes_on_with_other_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a discriminator, a moving average or another batch that the checkpoint does not know."""
+    run = replace(small_config(tmp_path).run, steps=2, ema=0.0)
+    assert Trainer(small_config(tmp_path, run=run), CPU, Squares(1, 5)).run(watching())
+    more = small_config(tmp_path, discriminator=DiscriminatorConfig(start=2, width=32))
+    resumed = Trainer(more, CPU, Squares(2, 5))
+    resumed.resume()
+    assert resumed.step == 2
+    assert "no moving average: it begins with the weights" in caplog.text
+    assert "no discriminator: it begins fresh" in caplog.text
+    ours, averaged = resumed.coder.state_dict(), resumed.best_coder.state_dict()
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in ours.items())
+    assert resumed.run(watching())
+    assert any("discriminator" in line for line in read_log(tmp_path / "log.jsonl"))
 
 
 def test_validation_and_samples_are_written(tmp_path: Path) -> None:
@@ -181,19 +188,6 @@ def test_a_grid_spreads_short_clips_under_long_ones() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-def test_a_checkpoint_that_cannot_be_finished_leaves_the_old_ones(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(folder=tmp_path, keep=1)
-    checkpoints.save(1, {"x": torch.ones(2)})
-    with pytest.raises((AttributeError, TypeError)):
-        checkpoints.save(2, {"x": lambda: 1})
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001.ckpt"]
-    assert torch.equal(read_checkpoint(checkpoints.save(10, {"x": torch.zeros(2)}))["x"], torch.zeros(2))
-    assert checkpoints.all() == [(10, tmp_path / "step_00000010.ckpt")]
-    (tmp_path / "step_00000010.ckpt").write_bytes(b"cut off")
-    with pytest.raises(TrainingError, match=r"step_00000010.ckpt is no checkpoint .* Remove it to go on from the one"):
-        read_checkpoint(tmp_path / "step_00000010.ckpt")
 
 
 def test_resuming_what_does_not_fit_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -282,7 +276,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     assert {"discriminator", "adaptive_weight"} <= logs[0][1].keys() | logs[0][2].keys()
 
 
-def test_sigterm_saves_and_the_resumed_run_is_the_same(tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_resumed_run_is_thesame_checkpoints(tmp_path: Path) -> None:
     config = tmp_path / "stage.toml"
     config.write_text(COMMAND)
     command = ["train", str(config), "--set", f"out={tmp_path / 'parts'}"]
@@ -305,4 +299,6 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same(tmp_path: Path) -> None:
     assert resumed.exit_code == 0, resumed.stderr
     whole = read_config(config, [f"out={tmp_path / 'whole'}"])
     assert Trainer(whole, CPU).run(watching())
-    _same(tmp_path / "whole/checkpoints/step_00000006.ckpt", tmp_path / "parts/checkpoints/step_00000006.ckpt")
+    same_checkpoints(
+        tmp_path / "whole/checkpoints/step_00000006.ckpt", tmp_path / "parts/checkpoints/step_00000006.ckpt"
+    )

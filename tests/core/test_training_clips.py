@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
@@ -83,18 +84,39 @@ def test_workers_and_resume_change_nothing(folder: Path) -> None:
     assert not all(_same(a, b) for a, b in zip(plain, other, strict=True))
 
 
-def test_resume_on_other_data_is_refused(folder: Path, tmp_path: Path) -> None:
-    state = ClipBatches([folder], [VIDEO], seed=3).state_dict()
+def test_other_data_is_said_and_gone_on_with(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """More clips, another batch, another mixture: a run goes on with what there is."""
+    before = ClipBatches([folder], [VIDEO], seed=3)
+    list(islice(before, 2))
+    state = before.state_dict()
     _numbered_video(tmp_path / "a.mp4")
     changed = (
         ClipBatches([folder], [VIDEO], seed=4),
-        ClipBatches([folder], [IMAGE], seed=3),
-        ClipBatches([folder], [VIDEO], seed=3, world=2),
-        ClipBatches([tmp_path], [VIDEO], seed=3),
+        ClipBatches([folder], [VIDEO, IMAGE], seed=3),
+        ClipBatches([folder], [replace(VIDEO, batch=3)], seed=3),
+        ClipBatches([folder, tmp_path], [VIDEO], seed=3),
     )
     for batches in changed:
-        with pytest.raises(TrainingDataError, match=r"not what it was when this state was saved.*Restore them"):
-            batches.load_state_dict(state)
+        caplog.clear()
+        batches.load_state_dict(state)
+        assert "not what it was: the files, the kinds of batches, the seed or the batch" in caplog.text
+        assert next(batches).index == 2
+    caplog.clear()
+    ClipBatches([folder], [VIDEO], seed=3).load_state_dict(state)
+    assert not caplog.text
+
+
+def test_a_stray_picture_is_one_file_among_others(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(8):
+        (tmp_path / f"{i}.mp4").write_bytes((folder / "video0.mp4").read_bytes())
+    Image.fromarray(np.full((32, 48, 3), 255, np.uint8)).save(tmp_path / "stray.png")
+    kind = BatchKind(kind="image", batch=1, size=(16, 16))
+    batches = ClipBatches([tmp_path], [kind], seed=1)
+    assert "Image batches are of 1 image and of single frames of 8 videos, each file as often as another" in caplog.text
+    white = [bool((batch.video == 1).all()) for batch in islice(batches, 18)]
+    assert sum(white) == 2  # once in each of the two rounds
 
 
 def test_ranks_together_make_the_batches_of_one_process(folder: Path) -> None:

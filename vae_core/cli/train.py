@@ -16,8 +16,8 @@ from ..training.checkpoint import TrainingError
 from ..training.config import TrainConfig, read_config
 from ..training.data import TrainingDataError
 from ..training.iv_image import InflationError
-from ..training.journal import has_tensorboard
-from ..training.loop import FINAL, Trainer, Watch
+from ..training.journal import Watch, has_tensorboard
+from ..training.loop import FINAL, Trainer
 from ..training.losses import LossError
 from ..training.tables import ConfigError
 from .guard import UserError, err, guarded, note, say, warn

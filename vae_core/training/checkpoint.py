@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import pickle
 import re
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +16,7 @@ import torch
 
 from ..atomic import atomic_write
 
+logger = logging.getLogger("cviv_vae.training")
 FORMAT = "cviv-vae training 1"
 WEIGHTS = ".safetensors"  # ending of the VAE's weights that lie beside a checkpoint
 
@@ -37,6 +42,34 @@ class Checkpoints:
         found = self.all()
         return found[-1][1] if found else None
 
+    def newest_step(self) -> int:
+        """The step of the last one, -1 where there is none."""
+        found = self.all()
+        return found[-1][0] if found else -1
+
+    def try_save(self, step: int, state: dict[str, Any], write_weights: Callable[[Path], None]) -> bool:
+        """`save`, and the VAE's weights beside it. False, which is logged, where the disk has no room."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if shutil.disk_usage(self.folder).free < _size(state):
+                raise OSError(errno.ENOSPC, "no room")
+            path = self.save(step, state)
+            write_weights(path.with_suffix(WEIGHTS))
+        except (OSError, RuntimeError) as error:
+            if not is_full(error):
+                raise
+            logger.warning("%s Its size is %.2f GiB. It is tried again.", self.no_room(step), _size(state) / 2**30)
+            return False
+        return True
+
+    def no_room(self, step: int) -> str:
+        """What to say where the disk has no room for the checkpoint of `step`."""
+        last = self.newest()
+        have = f"the last one is {last}" if last else "there is none yet"
+        return (
+            f"The disk of {self.folder} is full, and the checkpoint of step {step} is not written; {have}. Make room."
+        )
+
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write `state` as the checkpoint of `step`, then remove the oldest ones beyond `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +80,25 @@ class Checkpoints:
             old.unlink()
             old.with_suffix(WEIGHTS).unlink(missing_ok=True)
         return path
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether `error` says that a disk has no room left; torch says it in words of its own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
+
+
+def _size(state: object) -> int:
+    """Bytes of the tensors in a state."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(_size(value) for value in cast("dict[object, object]", state).values())
+    if isinstance(state, list | tuple):
+        return sum(_size(value) for value in cast("list[object]", state))
+    return 0
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

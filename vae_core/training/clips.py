@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -82,6 +82,23 @@ class BatchKind:
             )
 
 
+class BatchSource(Protocol):
+    """Endless batches that can be continued."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on after the last batch handed out."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        ...
+
+    def close(self) -> None:
+        """End what runs at the same time."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Request:
     """Make batch `index`, of kind number `kind`, from the draws `first`, `first` + 1, ..."""
@@ -114,7 +131,7 @@ class ClipBatches:
 
     Every batch follows from the sources, the kinds, the seed and its index alone. Kinds take turns evenly. The files of
     a kind are gone through in a new random order again and again; where a CSV gives weights, they are drawn in
-    proportion instead. Image batches take images, and single frames of the videos where there are no images. A file
+    proportion instead. Image batches take images and single frames of videos, each file as often as another. A file
     that cannot be used (missing, damaged, too short, too small) is logged once, kept in `broken` with the reason, and
     another one takes its place.
 
@@ -145,9 +162,12 @@ class ClipBatches:
         self._pools = tuple(_pool(self.entries, kind) for kind in self.kinds)
         self._dataset = _Clips(self._pools, self.kinds, seed, rank)
         self._shares = np.cumsum([kind.weight for kind in self.kinds]) / sum(kind.weight for kind in self.kinds)
+        self._digest = self._made_of()
         self._index = 0
         self._taken = [0] * len(self.kinds)  # clips of each kind handed out, on all ranks together
         self._loader: Iterator[_Made] | None = None
+        if rank == 0 and any(kind.kind == "image" for kind in kinds):
+            _warn_of_mixture(self.entries)
         self._note(self.entries.broken)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -168,20 +188,23 @@ class ClipBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on, after the last batch that was handed out: numbers, texts and lists of them only."""
-        return {"made_of": self._made_of(), "index": self._index, "taken": list(self._taken)}
+        return {"made_of": self._digest, "index": self._index, "taken": list(self._taken)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch that was the last when `state` was taken.
 
-        Raises TrainingDataError where files, kinds, seed or the batch of all processes together are others than then.
+        Where files, kinds, seed or the batch of all processes together are others than then, which is logged, the run
+        goes on with as many clips taken of each kind, in the order that these now have.
         """
-        if state["made_of"] != self._made_of():
-            raise TrainingDataError(
-                "The training data is not what it was when this state was saved: the files, the kinds of batches, the "
-                "seed or the batch of all processes together have changed. Restore them, or begin a new run."
+        if state["made_of"] != self._digest:
+            logger.warning(
+                "The training data is not what it was: the files, the kinds of batches, the seed or the batch of all "
+                "processes together have changed. The run goes on with what there is now, in a new order."
             )
         self.close()
-        self._index, self._taken = int(state["index"]), [int(count) for count in state["taken"]]
+        taken = [int(count) for count in state["taken"]]
+        same = len(taken) == len(self.kinds)
+        self._index, self._taken = int(state["index"]), taken if same else [0] * len(self.kinds)
 
     def close(self) -> None:
         """End the workers; the next batch starts new ones."""
@@ -225,7 +248,7 @@ class ClipBatches:
 
 
 def _pool(listing: Listing, kind: BatchKind) -> tuple[ClipFile, ...]:
-    found = listing.of("video") if kind.kind == "video" else listing.of("image") or listing.of("video")
+    found = listing.of("video") if kind.kind == "video" else listing.clips
     pool = tuple(clip for clip in found if clip.weight > 0)
     if not pool:
         raise TrainingDataError(
@@ -233,6 +256,16 @@ def _pool(listing: Listing, kind: BatchKind) -> tuple[ClipFile, ...]:
             "these batches out."
         )
     return pool
+
+
+def _warn_of_mixture(listing: Listing) -> None:
+    """Say that image batches take frames of videos too, where there are both."""
+    images, videos = len(listing.of("image")), len(listing.of("video"))
+    if images and videos:
+        logger.warning(
+            "Image batches are of %d image%s and of single frames of %d video%s, each file as often as another (a CSV "
+            "with weights says otherwise).", images, "s" * (images > 1), videos, "s" * (videos > 1),
+        )  # fmt: skip
 
 
 class _Requests(Sampler[_Request]):

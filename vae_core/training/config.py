@@ -192,8 +192,10 @@ class RunConfig:
     """How long, how precisely, and what is written when (all in steps).
 
     steps: 0 writes the initial weights and ends, which is how a VAE is only inflated. accumulation: batches for one
-    step. ema: share that the moving average of the weights keeps at each step; 0 for none. keep: how many checkpoints
-    stay. checkpointing: compute activations again in the backward pass; a third slower, and far less memory.
+    step. ema: share that the moving average of the weights keeps at each step, less at first; 0 for none. keep: how
+    many checkpoints stay. most_skipped: steps in a row that are left out because their values are not finite; with one
+    more the run goes back to the last good checkpoint, and ends where that does not help. checkpointing: compute
+    activations again in the backward pass; a third slower, and far less memory.
     """
 
     steps: int
@@ -205,10 +207,16 @@ class RunConfig:
     save_every: int = 1000
     keep: int = 3
     log_every: int = 10
+    most_skipped: int = 10
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or min(self.accumulation, self.save_every, self.keep, self.log_every) < 1:
-            raise ValueError("steps must be 0 or more; accumulation, save_every, keep and log_every 1 or more.")
+        if (
+            min(self.steps, self.most_skipped) < 0
+            or min(self.accumulation, self.save_every, self.keep, self.log_every) < 1
+        ):
+            raise ValueError(
+                "steps and most_skipped must be 0 or more; accumulation, save_every, keep and log_every 1 or more."
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema:g}; needed is 0 (none) or a share below 1, such as 0.999.")
 

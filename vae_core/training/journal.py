@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,54 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..atomic import atomic_write
 from ..media.video import to_uint8
+from .checkpoint import is_full
 
 MOST_COLUMNS = 6
+logger = logging.getLogger("cviv_vae.training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What the caller is told, and asked, between steps.
+
+    step: (steps done, steps in all, figures of the step). validation: (steps done, figures).
+    should_stop: asked after each step; when it says yes, a checkpoint is written and the run ends.
+    """
+
+    step: Callable[[int, int, Mapping[str, float]], None]
+    validation: Callable[[int, Mapping[str, float]], None]
+    should_stop: Callable[[], bool]
+
+
+class Means:
+    """The means of figures by name over the steps since they were last taken; a step need not have them all."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+        self.last: dict[str, float] = {}  # the newest value of each figure
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """One step's figures."""
+        self.last |= figures
+        for name, value in figures.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value, count + 1
+
+    def take(self) -> dict[str, float]:
+        """The means, in alphabetical order; then it begins anew."""
+        means = {name: total / count for name, (total, count) in sorted(self._sums.items())}
+        self._sums = {}
+        return means
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Sums and counts, for a checkpoint between two entries."""
+        return {name: [total, count] for name, (total, count) in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on from `state_dict`."""
+        self._sums = {name: (total, int(count)) for name, (total, count) in state.items()}
 
 
 class Journal:
@@ -28,18 +76,33 @@ class Journal:
         self.folder = folder
         self.path = folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_log(self.path) if line["step"] <= resumed]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._held: list[str] = []  # lines that the disk had no room for
+        self.back_to(resumed)
         self._events: Any = None
         if has_tensorboard():
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1)
 
+    def back_to(self, step: int) -> None:
+        """Take back the entries after `step`."""
+        kept = [line for line in read_log(self.path) if line["step"] <= step]
+        with atomic_write(self.path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
     def write(self, step: int, figures: Mapping[str, float], group: str = "training") -> None:
-        """One entry: figures by name, in a group ("training" or "validation")."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "group": group, **figures}) + "\n")
+        """One entry: figures by name, in a group ("training" or "validation"). A full disk holds it back."""
+        self._held.append(json.dumps({"step": step, "group": group, **figures}) + "\n")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(self._held))
+        except OSError as error:
+            if not is_full(error):
+                raise
+            os.truncate(self.path, size)  # a line that was cut off would hide those after it
+        else:
+            self._held = []
         if self._events is not None:
             for name, value in figures.items():
                 self._events.add_scalar(f"{group}/{name}", value, step)
@@ -47,9 +110,15 @@ class Journal:
     def show(self, step: int, grid: Tensor) -> Path:
         """Keep a picture (3, h, w) in [-1, 1] as samples/step_N.png."""
         path = self.folder / "samples" / f"step_{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
         pixels = to_uint8(grid)
-        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with atomic_write(path) as part:
+                Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(part)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            logger.warning("There was no room for %s: it is left out.", path)
         if self._events is not None:
             self._events.add_image("samples", pixels, step)
         return path

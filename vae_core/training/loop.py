@@ -4,67 +4,39 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
+from ..run.stream import is_out_of_memory
 from . import processes
-from .checkpoint import WEIGHTS, Checkpoints, TrainingError, read_checkpoint
-from .clips import Batch
-from .coders import Coder, make_coder
+from .checkpoint import Checkpoints, TrainingError, is_full, read_checkpoint
+from .clips import Batch, BatchSource
+from .coders import Coder
 from .config import TrainConfig
-from .discriminator import PatchDiscriminator
+from .data import TrainingDataError
 from .draws import Draws, draw
-from .journal import Journal
+from .journal import Journal, Means, Watch
 from .losses import discriminator_hinge, find_lpips
+from .networks import Networks
 from .objective import Objective, Trained, check_channels, full
-from .schedule import Optimizers, moving_average
 from .sources import frozen_image_vae, open_batches
 from .tables import as_table, changes
-from .validation import Validation, validate, validation_clips
+from .validation import Validation, gives_numbers, validate, validation_clips
 
-FINAL = "final.safetensors"
+FINAL, BEST = "final.safetensors", "best.safetensors"
+RETRY = 20  # steps after which a checkpoint is tried again that the disk had no room for
+WAIT = 5  # seconds
 logger = logging.getLogger("cviv_vae.training")
 
 
-class BatchSource(Protocol):
-    """Endless batches that can be continued."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-    def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on after the last batch handed out."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        ...
-
-    def close(self) -> None:
-        """End what runs at the same time."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """What the caller is told, and asked, between steps.
-
-    step: (steps done, steps in all, figures of the step). validation: (steps done, figures).
-    should_stop: asked after each step; when it says yes, a checkpoint is written and the run ends.
-    """
-
-    step: Callable[[int, int, Mapping[str, float]], None]
-    validation: Callable[[int, Mapping[str, float]], None]
-    should_stop: Callable[[], bool]
-
-
 class Trainer:
-    """A stage in training. All that changes is in `trained`, `discriminator`, `averaged`, their optimizers, and `step`.
+    """A stage in training. All that changes is in `networks`, and `step`.
 
     Everything drawn at random follows from the config's seed and the number of the batch, so a run that is stopped and
     resumed is, on the CPU, bit for bit the run that was not.
@@ -75,82 +47,128 @@ class Trainer:
         self.config = config
         self.device = device
         self.step = 0
+        self.skipped = 0  # steps that were left out, since their values were not finite
+        self.best: tuple[int, float] | None = None  # the validation with the highest PSNR: step and dB
         self.checkpoints = Checkpoints(folder=config.out / "checkpoints", keep=config.run.keep)
-        self.trained = Trained(make_coder(config), config.regularization).to(device)
-        self.optimizers = Optimizers(
-            self.trained,
-            config.optimizer,
-            output_layer=f"coder.{self.trained.coder.output_layer}",
-            apart="log_variances.",
-        )
-        self.discriminator, self.discriminator_optimizers = self._make_discriminator()
-        self.averaged = self._make_average()
+        self.networks = Networks(config, device)
         self.objective = self._make_objective()
         self.batches = open_batches(config, processes.rank(), processes.world()) if batches is None else batches
         self.clips = self._validation_clips()
-        self._step_trained = self._shared(self.trained, unused=config.model.family == "iv-vae")
-        self._step_discriminator = self._shared(self.discriminator, unused=False)
+        self._means = Means()
+        self._position = self.batches.state_dict()  # of the batches, before the step that is being made
+        self._broken_in_row, self._went_back_to = 0, -1
+        self._changing = False  # whether weights are half of one step and half of the next
+        self._unsaved = False
+        self._step_trained = self._shared(self.networks.trained, unused=config.model.family == "iv-vae")
+        self._step_discriminator = self._shared(self.networks.discriminator, unused=False)
 
     @property
     def coder(self) -> Coder:
         """The VAE as it is trained."""
-        return self.trained.coder
+        return self.networks.trained.coder
 
     @property
     def best_coder(self) -> Coder:
         """The VAE to use: its moving average where there is one."""
-        return self.coder if self.averaged is None else cast("Coder", self.averaged.module)
+        return self.networks.best_coder
 
     def run(self, watch: Watch) -> bool:
         """Train to the last step. True when it was reached, False when `watch.should_stop` ended the run before.
 
-        Raises TrainingError where a loss is not finite; it names the last good checkpoint.
+        Raises TrainingError where values are not finite again and again, and where a process or memory ends the run: it
+        names the last good checkpoint.
         """
-        run = self.config.run
-        main = processes.rank() == 0
-        journal = Journal(self.config.out, self.step) if main else None
-        saved = self.step
-        batches = iter(self.batches)
-        self._validate(journal, watch, due=self.step == 0)
+        journal = Journal(self.config.out, self.step) if processes.rank() == 0 else None
         try:
-            while self.step < run.steps:
-                figures = self._one_step(batches)
-                self.step += 1
-                watch.step(self.step, run.steps, figures)
-                if journal is not None and (self.step % run.log_every == 0 or self.step == run.steps):
-                    journal.write(self.step, figures)
-                self._validate(journal, watch)
-                stop = processes.any_of(watch.should_stop(), self.device)
-                if self.step % run.save_every == 0 or stop:
-                    self.save()
-                    saved = self.step
-                if stop and self.step < run.steps:
-                    return False
-            if saved < self.step or run.steps == 0:
-                self.save()
+            if not self._steps(journal, watch):
+                return False
+            if self.config.run.steps == 0 or self._unsaved:
+                self._save_at_last(watch)
             self._write_weights()
         finally:
             if journal is not None:
                 journal.close()
         return True
 
+    def _steps(self, journal: Journal | None, watch: Watch) -> bool:
+        run = self.config.run
+        batches = iter(self.batches)
+        self._validate(journal, watch, due=self.step == 0)
+        while self.step < run.steps:
+            figures = self._guarded_step(batches, journal)
+            if figures is None:
+                continue
+            self._means.add(figures)
+            watch.step(self.step, run.steps, self._means.last)
+            if self.step % run.log_every == 0 or self.step == run.steps:
+                means = self._means.take()
+                if journal is not None:
+                    journal.write(self.step, means)
+            self._validate(journal, watch)
+            stop = processes.any_of(watch.should_stop(), self.device)
+            due = self.step % run.save_every == 0 or (self._unsaved and self.step % RETRY == 0)
+            if stop or self.step == run.steps or (due and self._broken_in_row == 0):
+                self._save_if_good(journal)
+            if stop and self.step < run.steps:
+                if self._unsaved:
+                    raise TrainingError(self.checkpoints.no_room(self.step))
+                return False
+        return True
+
     # ------------------------------------------------------------------------------------------------ one step
+
+    def _guarded_step(self, batches: Iterator[Batch], journal: Journal | None) -> dict[str, float] | None:
+        """One step, None where it went back; whatever ends it in an error leaves a checkpoint of what was before."""
+        try:
+            figures = self._one_step(batches)
+        except (TrainingDataError, TrainingError):
+            raise
+        except Exception as error:
+            raise self._emergency(error) from error
+        self.step += 1
+        self._position = self.batches.state_dict()
+        broken = [name for name, value in figures.items() if not math.isfinite(value)]
+        if not processes.any_of(bool(broken), self.device):
+            self._broken_in_row = 0
+            return {**figures, "skipped": float(self.skipped)}
+        self.skipped += 1
+        self._broken_in_row += 1
+        what = ", ".join(broken) or "a figure of another process"
+        logger.warning("Step %d gave values that are not finite (%s), and changes nothing.", self.step, what)
+        if self._broken_in_row > self.config.run.most_skipped:
+            self._go_back(journal, f"{self._broken_in_row} steps in a row gave values that are not finite ({what})")
+            return None
+        finite = {name: value for name, value in figures.items() if name not in broken}
+        return {**finite, "skipped": float(self.skipped)}
 
     def _one_step(self, batches: Iterator[Batch]) -> dict[str, float]:
         adversarial = self.config.discriminator
         turn = -1 if adversarial is None else self.step - adversarial.start
         if turn >= 0 and turn % 2 == 0:
-            figures = self._train_discriminator(batches)
-        else:
-            figures = self._train_generator(batches, adversarial=turn >= 0)
-        broken = [name for name, value in figures.items() if not math.isfinite(value)]
-        if processes.any_of(bool(broken), self.device):
-            raise TrainingError(self._not_finite(broken))
-        return figures
+            return self._train_discriminator(batches)
+        return self._train_generator(batches, adversarial=turn >= 0)
+
+    def _go_back(self, journal: Journal | None, why: str) -> None:
+        """Restore the last good checkpoint; the batches go on, so that others come. Once to each checkpoint."""
+        newest = self.checkpoints.newest()
+        if newest is None or self.checkpoints.newest_step() == self._went_back_to:
+            good = f"The last good checkpoint is {newest}: go on with --resume" if newest else "There is none yet"
+            raise TrainingError(
+                f"Step {self.step}: {why}. {good}, with a smaller rate (--set optimizer.learning_rate=...) or in full "
+                "precision (--set run.precision=float32)."
+            )
+        logger.warning("Step %d: %s. Back to %s, and on from there with other batches.", self.step, why, newest.name)
+        position, skipped = self.batches.state_dict(), self.skipped
+        self._restore(read_checkpoint(newest))
+        self.batches.load_state_dict(position)
+        self._position, self.skipped = position, skipped
+        self._broken_in_row, self._went_back_to = 0, self.step
+        if journal is not None:
+            journal.back_to(self.step)
 
     def _train_generator(self, batches: Iterator[Batch], *, adversarial: bool) -> dict[str, float]:
-        if self.discriminator is not None:
-            self.discriminator.requires_grad_(False)  # it is used here, not trained
+        if self.networks.discriminator is not None:
+            self.networks.discriminator.requires_grad_(False)  # it is used here, not trained
 
         def loss(video: Tensor, draws: Draws) -> Tensor:
             def step(trained: Trained) -> Tensor:
@@ -159,21 +177,27 @@ class Trainer:
             return self._step_trained(step)
 
         figures = self._accumulate(batches, self._step_trained, loss, lambda: self.objective.figures)
-        figures["gradient_norm"], figures["learning_rate"] = self.optimizers.step(self.step, self.config.run.steps)
-        if self.averaged is not None and math.isfinite(figures["gradient_norm"]):
-            self.averaged.update_parameters(self.coder)
-        figures |= {f"logvar_{name}": float(value.detach()) for name, value in self.trained.log_variances.items()}
+        sound = all(map(math.isfinite, figures.values()))
+        self._changing = True
+        norm, rate = self.networks.optimizers.step(self.step, self.config.run.steps, change=sound)
+        figures |= {"gradient_norm": norm, "learning_rate": rate}
+        if self.networks.averaged is not None and sound and math.isfinite(norm):
+            self.networks.averaged.update_parameters(self.coder)
+        self._changing = False
+        figures |= {
+            f"logvar_{name}": float(value.detach()) for name, value in self.networks.trained.log_variances.items()
+        }
         return figures
 
     def _train_discriminator(self, batches: Iterator[Batch]) -> dict[str, float]:
-        assert self.discriminator is not None
-        assert self.discriminator_optimizers is not None
-        self.discriminator.requires_grad_(True)
+        assert self.networks.discriminator is not None
+        assert self.networks.discriminator_optimizers is not None
+        self.networks.discriminator.requires_grad_(True)
         noted: dict[str, Tensor] = {}
 
         def loss(video: Tensor, draws: Draws) -> Tensor:
             with torch.no_grad():
-                fake = self.objective.reconstructed(self.trained, video, draws)
+                fake = self.objective.reconstructed(self.networks.trained, video, draws)
             real_scores, fake_scores = full(self._step_discriminator(torch.cat((video, fake)))).chunk(2)
             value = discriminator_hinge(real_scores, fake_scores)
             noted["discriminator"] = value.detach()
@@ -181,8 +205,11 @@ class Trainer:
             return value
 
         figures = self._accumulate(batches, self._step_discriminator, loss, lambda: noted)
-        norm, _ = self.discriminator_optimizers.step(self.step, self.config.run.steps)
-        return {**figures, "discriminator_gradient_norm": norm}
+        sound = all(map(math.isfinite, figures.values()))
+        self._changing = True
+        norm, rate = self.networks.discriminator_optimizers.step(self.step, self.config.run.steps, change=sound)
+        self._changing = False
+        return {**figures, "discriminator_gradient_norm": norm, "discriminator_learning_rate": rate}
 
     def _accumulate(
         self,
@@ -215,23 +242,57 @@ class Trainer:
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16")
 
-    def _not_finite(self, names: list[str]) -> str:
-        newest = self.checkpoints.newest()
-        what = ", ".join(names) or "a figure of another process"
-        good = f"The last good checkpoint is {newest}: go on from it with --resume" if newest else "There is none yet"
-        return (
-            f"Step {self.step + 1} gave values that are not finite: {what}. {good}, with a smaller rate (--set "
-            "optimizer.learning_rate=...) or in full precision (--set run.precision=float32)."
-        )
-
     # ------------------------------------------------------------------------------------------- saving, resuming
 
-    def save(self) -> None:
-        """Write a checkpoint of all that going on needs, and the VAE's weights beside it; all processes call this."""
-        if processes.rank() == 0:
-            path = self.checkpoints.save(self.step, self._state())
-            self.best_coder.save(path.with_suffix(WEIGHTS))
-        processes.wait()
+    def save(self) -> bool:
+        """Write a checkpoint of all that going on needs, and the VAE's weights beside it; all processes call this.
+
+        False where the disk had no room, which is logged: the older checkpoints then are as they were.
+        """
+        full = processes.rank() == 0 and not self._write()
+        self._unsaved = processes.any_of(full, self.device)
+        return not self._unsaved
+
+    def _write(self) -> bool:
+        return self.checkpoints.try_save(self.step, self._state(), self.best_coder.save)
+
+    def _save_if_good(self, journal: Journal | None) -> None:
+        """A checkpoint that others may go on from: its weights are finite, and so is what they make of a clip."""
+        if processes.any_of(not self._looks_good(), self.device):
+            self._go_back(journal, "weights, or what they make of a validation clip, are not finite")
+        else:
+            self.save()
+
+    def _looks_good(self) -> bool:
+        if not self.networks.are_finite():
+            return False
+        return not self.clips or gives_numbers(self.best_coder, self.clips[0], self.device)
+
+    def _save_at_last(self, watch: Watch) -> None:
+        """At the end of a run there is no later try: wait for room, or until somebody ends the run."""
+        while not self.save():
+            if watch.should_stop():
+                raise TrainingError(self.checkpoints.no_room(self.step))
+            time.sleep(WAIT)
+
+    def _emergency(self, error: Exception) -> Exception:
+        """Keep what was done before the step that failed; the error to raise."""
+        if is_out_of_memory(error):
+            why = "memory ran out (docs/training.md says what to make smaller)"
+        elif "DataLoader worker" in str(error):
+            why = "a process that decodes clips ended, maybe for want of RAM (fewer data.workers need less)"
+        else:
+            why = ""
+        kept = False
+        if processes.rank() == 0 and not self._changing and self.step > 0 and self.networks.are_finite():
+            self.networks.optimizers.clear()
+            kept = self._write()
+        if not why:
+            return error
+        newest = self.checkpoints.newest()
+        good = f"Go on from {newest} with --resume" if newest else "There is no checkpoint yet: begin again"
+        lost = "" if kept else f"; what was done after it, up to step {self.step}, is lost"
+        return TrainingError(f"Step {self.step + 1}: {why}. {good}{lost}.")
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; what the config says otherwise than it did then is logged.
@@ -256,28 +317,23 @@ class Trainer:
             ) from error
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {
+        return {
             "config": as_table(self.config),
-            "trained": self.trained.state_dict(),
-            "optimizers": self.optimizers.state_dict(),
-            "batches": self.batches.state_dict(),
+            **self.networks.state_dict(),
+            "batches": self._position,
+            "means": self._means.state_dict(),
+            "skipped": self.skipped,
+            "best": list(self.best or ()),
         }
-        if self.averaged is not None:
-            state["averaged"] = self.averaged.state_dict()
-        if self.discriminator is not None and self.discriminator_optimizers is not None:
-            state["discriminator"] = self.discriminator.state_dict()
-            state["discriminator_optimizers"] = self.discriminator_optimizers.state_dict()
-        return state
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self.trained.load_state_dict(state["trained"])
-        self.optimizers.load_state_dict(state["optimizers"])
+        self.networks.load_state_dict(state)
         self.batches.load_state_dict(state["batches"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
-        if self.discriminator is not None and self.discriminator_optimizers is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.discriminator_optimizers.load_state_dict(state["discriminator_optimizers"])
+        self._position = self.batches.state_dict()
+        self._means.load_state_dict(state.get("means", {}))
+        self.skipped = int(state.get("skipped", 0))
+        best = state.get("best")
+        self.best = (int(best[0]), float(best[1])) if best else None
         self.step = int(state["step"])
 
     def _write_weights(self) -> None:
@@ -286,22 +342,6 @@ class Trainer:
         processes.wait()
 
     # ------------------------------------------------------------------------------------------------ making
-
-    def _make_discriminator(self) -> tuple[PatchDiscriminator | None, Optimizers | None]:
-        config = self.config.discriminator
-        if config is None:
-            return None, None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed + 1)
-            discriminator = PatchDiscriminator(config.width).to(self.device)
-        return discriminator, Optimizers(discriminator, self.config.optimizer, learning_rate=config.learning_rate)
-
-    def _make_average(self) -> AveragedModel | None:
-        share = self.config.run.ema
-        if share == 0:
-            return None
-        averaged = AveragedModel(self.coder, multi_avg_fn=moving_average(share))
-        return averaged.requires_grad_(False)
 
     def _make_objective(self) -> Objective:
         config = self.config
@@ -315,7 +355,7 @@ class Trainer:
             regularization=config.regularization,
             image_vae=image_vae,
             lpips=find_lpips(config.loss.lpips, weight).to(self.device) if weight > 0 else None,
-            discriminator=self.discriminator,
+            discriminator=self.networks.discriminator,
             adversarial_weight=config.discriminator.weight if config.discriminator else 0.0,
         )
 
@@ -326,11 +366,9 @@ class Trainer:
 
     def _validate(self, journal: Journal | None, watch: Watch, *, due: bool | None = None) -> None:
         validation = self.config.validation
-        if validation is None:
-            return
-        if due is None:
+        if validation is not None and due is None:
             due = self.step % validation.every == 0 or self.step == self.config.run.steps
-        if not due:
+        if validation is None or not due:
             return
         if journal is not None:
             result: Validation = validate(
@@ -339,7 +377,21 @@ class Trainer:
             journal.write(self.step, result.figures, "validation")
             journal.show(self.step, result.grid)
             watch.validation(self.step, result.figures)
+            self._keep_if_best(result.figures["psnr"])
         processes.wait()
+
+    def _keep_if_best(self, psnr: float) -> None:
+        """The weights of the validation with the highest PSNR so far, as a file of their own."""
+        if self.best is not None and psnr <= self.best[1]:
+            return
+        try:
+            self.best_coder.save(self.config.out / BEST)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            logger.warning("There was no room for %s of step %d: it stays that of before.", BEST, self.step)
+        else:
+            self.best = (self.step, psnr)
 
     def _shared(self, module: nn.Module | None, *, unused: bool) -> nn.Module:
         """`module`, with gradients averaged over the processes where there are several."""

@@ -23,7 +23,7 @@ def rate_factor(step: int, steps: int, *, warm_up: int, least: float) -> float:
 
 
 def moving_share(steps: int, share: float) -> float:
-    """What a moving average keeps of itself after `steps` steps: less at first, so that it is not the start for long."""
+    """What a moving average keeps of itself after `steps` steps: less at first, when it is the start still."""
     return min(share, (1 + steps) / (10 + steps))
 
 
@@ -77,10 +77,15 @@ class Optimizers:
             self._optimizers.append(Muon(kernels, lr=rate, weight_decay=config.weight_decay))
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
 
-    def step(self, step: int, steps: int) -> tuple[float, float]:
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+
+    def step(self, step: int, steps: int, *, change: bool = True) -> tuple[float, float]:
         """Clip the gradients, make step `step` of `steps`, clear the gradients; the gradient norm and learning rate.
 
-        The norm is that of what is clipped together. Where one is not finite nothing is changed.
+        The norm is that of what is clipped together. Where one is not finite, or not `change`, nothing is changed.
         """
         norm = float(nn.utils.clip_grad_norm_(self._joined, self.config.clip))
         for parameter in self._apart:
@@ -90,9 +95,9 @@ class Optimizers:
         for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            if math.isfinite(norm):
+            if change and math.isfinite(norm):
                 optimizer.step()
-            optimizer.zero_grad()
+        self.clear()
         return norm, self._rates[-1][0] * factor
 
     def state_dict(self) -> list[dict[str, object]]:

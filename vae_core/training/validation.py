@@ -49,6 +49,13 @@ def validation_clips(config: ValidationConfig, *, images: bool) -> list[Tensor]:
 
 
 @torch.no_grad()
+def gives_numbers(coder: Coder, clip: Tensor, device: torch.device) -> bool:
+    """Whether a clip comes back finite."""
+    mean, logvar = coder.moments(clip.to(device))
+    return all(bool(torch.isfinite(x).all()) for x in (mean, logvar, *coder.decode(mean)))
+
+
+@torch.no_grad()
 def validate(
     coder: Coder, clips: list[Tensor], device: torch.device, image_vae: ImageVAE | None, lpips: LPIPS | None
 ) -> Validation:
