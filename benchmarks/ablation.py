@@ -1,6 +1,6 @@
 """IV-VAE's ablation at a small scale: five networks, each from several seeds, the same steps on the same data.
 
-    python benchmarks/ablation.py configs/ablation_iv_vae.toml --out runs/ablation --seeds 0 1 2 --steps 120
+    python benchmarks/ablation.py vae_core/recipes/ablation_iv_vae.toml --out runs/ablation --seeds 0 1 2 --steps 120
 
 Prints one table of the last validations, mean and standard error over the seeds: PSNR and SSIM, how far apart the SSIM
 of the four positions in a group of frames is, what is gained over the first row with the same seed, and the parameters.

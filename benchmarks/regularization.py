@@ -1,6 +1,6 @@
 """What latent-space regularization does: the same short training without it and with each mapping, one seed each.
 
-    python benchmarks/regularization.py configs/demo_cv_vae.toml --out runs/regularization --steps 200
+    python benchmarks/regularization.py vae_core/recipes/demo_cv_vae.toml --out runs/regularization --steps 200
 
 Prints one table of the last validations: PSNR of the video VAE, and PSNR of what the frozen image VAE decodes
 from its latents. A run that was stopped goes on where it was.

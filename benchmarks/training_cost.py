@@ -1,6 +1,6 @@
 """What a training step of each stage config costs: floating-point operations and peak memory. Nothing is computed.
 
-    python benchmarks/training_cost.py configs/cv_video_256.toml ...
+    python benchmarks/training_cost.py vae_core/recipes/cv_video_256.toml ...
 
 The step runs on tensors without data (torch's fake tensors), forward, backward and optimizer, in the config's precision
 and with its checkpointing; torch counts operations of convolutions, products and attention, and the bytes alive. So the

@@ -69,15 +69,14 @@ def test_dependabot_and_the_issue_form_ask_for_what_is_needed() -> None:
     assert "Report a weakness in private" in (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 
 
-def test_the_guide_and_its_stages_travel_together() -> None:
-    packed = PROJECT["tool"]["setuptools"]["data-files"]
-    named = {
-        re.sub(r".*/", "", one) for one in re.findall(r"configs/\w+\.toml", (ROOT / "docs/training.md").read_text())
-    }
-    files = {path.name for pattern in packed["share/cviv-vae/configs"] for path in ROOT.glob(pattern)}
-    assert len(named) >= 8
-    assert named <= files
-    assert "docs/training.md" in packed["share/cviv-vae"]
+def test_the_guide_and_its_recipes_travel_together() -> None:
+    setuptools = PROJECT["tool"]["setuptools"]
+    guide = (ROOT / "docs/training.md").read_text()
+    names = {path.stem.replace("_", "-") for path in (ROOT / "vae_core/recipes").glob("*.toml")}
+    named = set(re.findall(r"\b(?:cv|iv|demo|ablation)(?:-\w+)+", guide)) & names
+    assert named == names
+    assert setuptools["package-data"]["vae_core.recipes"] == ["*.toml"]
+    assert "docs/training.md" in setuptools["data-files"]["share/cviv-vae"]
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/python.md", "docs/training.md", "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -205,6 +205,33 @@ def test_resuming_what_does_not_fit_is_refused(tmp_path: Path, caplog: pytest.Lo
     assert "seed: 0, now 5" in caplog.text
 
 
+def test_a_run_of_no_steps_writes_the_scale_into_the_file(tmp_path: Path) -> None:
+    """What docs/training.md says to do after the last stage of IV-VAE."""
+    run = replace(small_config(tmp_path).run, steps=0)
+    fresh = ModelConfig(family="iv-vae", init="fresh", dim=4, latent_channels=4)
+    assert Trainer(small_config(tmp_path / "a", model=fresh, run=run), CPU, Squares(1, 5)).run(watching())
+    weights = str(tmp_path / "a" / FINAL)
+    scaled = ModelConfig(family="iv-vae", init="weights", weights=(weights,), scale_factor=0.5, shift_factor=0.25)
+    assert Trainer(small_config(tmp_path / "b", model=scaled, run=run), CPU, Squares(1, 5)).run(watching())
+    before, after = (vae_core.load(tmp_path / name / FINAL) for name in "ab")
+    assert (after.model.config.scale_factor, after.model.config.shift_factor) == (0.5, 0.25)
+    clip = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    assert torch.allclose(after.encode(clip), 0.5 * (before.encode(clip) - 0.25), atol=1e-6)
+
+
+def test_a_run_may_begin_or_go_on(tmp_path: Path) -> None:
+    config = tmp_path / "stage.toml"
+    config.write_text(COMMAND.replace("steps = 6", "steps = 1"))
+    command = ["train", str(config), "--resume-if-any", "--set", f"out={tmp_path / 'out'}"]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.stderr
+    assert "from step 0 to 1" in first.stdout
+    assert "optimizer.warm_up is 1 and run.steps 1: the learning rate stays below 100.0%" in first.stderr
+    again = CliRunner().invoke(app, [*command, "--set", "run.steps=2"])
+    assert again.exit_code == 0, again.stderr
+    assert "from step 1 to 2" in again.stdout
+
+
 def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
     model = ModelConfig(family="cv-vae", init="weights", weights=("demo-iv-vae",))
     with pytest.raises(ValueError, match=r"scale_factor|holds a iv-vae, and model.family is cv-vae"):

@@ -1,17 +1,20 @@
 """`cviv-vae train`: one stage of training, from a TOML file."""
 
+import json
 import logging
 import signal
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from ..recipes import first_sentence, name_of, recipes
 from ..training import processes
+from ..training.advice import advice
 from ..training.checkpoint import TrainingError
 from ..training.config import TrainConfig, read_config
 from ..training.data import TrainingDataError
@@ -19,30 +22,49 @@ from ..training.iv_image import InflationError
 from ..training.journal import Watch, has_tensorboard
 from ..training.loop import FINAL, Trainer
 from ..training.losses import LossError
-from ..training.tables import ConfigError
+from ..training.tables import ConfigError, schema
 from .guard import UserError, err, guarded, note, say, warn
 
 WRONG_INPUT = (ConfigError, TrainingDataError, InflationError, LossError)
+Resume = Literal["no", "yes", "if any"]
 SHOWN = ("total", "l1", "l2", "lpips", "decoder_regularization", "encoder_regularization", "discriminator")
 
 
 @guarded
 def train_command(
-    config: Annotated[Path, typer.Argument(help="The TOML file of the stage.", show_default=False)],
+    config: Annotated[Path | None, typer.Argument(help="The TOML file of the stage, or a recipe.", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     changed: Annotated[
         list[str] | None,
         typer.Option("--set", help="Another value for one key, such as run.steps=100.", metavar="KEY=VALUE"),
     ] = None,
+    resume_if_any: Annotated[
+        bool, typer.Option("--resume-if-any", help="Go on from the newest checkpoint, or begin where there is none.")
+    ] = False,
+    new: Annotated[
+        str | None, typer.Option("--new", help="Print a recipe, to keep as a file of one's own.", metavar="RECIPE")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
+    as_schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of the file, for editors.")
+    ] = False,
 ) -> None:
-    """Train a VAE, one stage to a file; with torchrun on many GPUs. Ctrl-C or SIGTERM writes a checkpoint and ends."""
+    """Train a VAE, one stage to a file; with torchrun on many GPUs. Ctrl-C or SIGTERM writes a checkpoint and ends.
+
+    A file of one's own begins as a recipe: cviv-vae train --new cv-video-256 > my.toml
+    """
+    if new is not None or listed or as_schema:
+        _print(new, listed=listed)
+        return
+    if config is None:
+        raise UserError("give the TOML file of a stage, or --new RECIPE, --list or --schema.")
     try:
-        settings = read_config(config, changed or ())
+        settings = read_config(config if config.exists() else _recipe(config.name), changed or ())
         with processes.joined(settings.run.device) as device, _notes():
             trainer = Trainer(settings, device)
             try:
                 with _stopping() as signals:
-                    _begin(trainer, resume=resume)
+                    _begin(trainer, "if any" if resume_if_any else "yes" if resume else "no")
                     with _watch(trainer, signals) as watch:
                         finished = trainer.run(watch)
             finally:
@@ -55,9 +77,28 @@ def train_command(
         raise typer.Exit(1) from error
 
 
-def _begin(trainer: Trainer, *, resume: bool) -> None:
+def _print(new: str | None, *, listed: bool) -> None:
+    if new is not None:
+        typer.echo(_recipe(new).read_text(encoding="utf-8"), nl=False)
+    elif listed:
+        found = recipes()
+        width = max(map(len, found))
+        for name, path in found.items():
+            say(f"{name:{width}}  {first_sentence(path.read_text(encoding='utf-8'))}")
+    else:
+        typer.echo(json.dumps(schema(TrainConfig), indent=1))
+
+
+def _recipe(name: str) -> Path:
+    found = recipes()
+    if name_of(name) not in found:
+        raise UserError(f"There is no file and no recipe {name}; there are {', '.join(found)}.")
+    return found[name_of(name)]
+
+
+def _begin(trainer: Trainer, resume: Resume) -> None:
     newest = trainer.checkpoints.newest()
-    if resume:
+    if resume == "yes" or (resume == "if any" and newest is not None):
         trainer.resume()
     elif newest is not None:
         raise UserError(
@@ -70,6 +111,8 @@ def _begin(trainer: Trainer, *, resume: bool) -> None:
             'pip install -e ".[training]" in the folder of cviv-vae.'
         )
     if processes.rank() == 0:
+        for line in advice(trainer.config):
+            note(line)
         say(_summary(trainer.config, trainer))
 
 

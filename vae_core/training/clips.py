@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+import pydantic
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -26,6 +28,7 @@ from ..families import VIDEO
 from .clip_decoding import random_clip
 from .clip_files import ClipFile, Kind, Listing, list_clips
 from .data import TrainingDataError
+from .tables import STRICT
 
 logger = logging.getLogger("cviv_vae.training")
 _ORDER, _AGAIN, _CLIP, _MIX = range(4)  # what a random number is for
@@ -41,7 +44,7 @@ class Batch:
     index: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class BatchKind:
     """One kind of batch in the mixture.
 
@@ -52,29 +55,25 @@ class BatchKind:
     """
 
     kind: Kind
-    batch: int
+    batch: Annotated[int, Field(ge=1)]
     size: tuple[int, int]
-    frames: int = 1
-    weight: float = 1.0
-    stride: tuple[int, int] = (1, 1)
+    frames: Annotated[int, Field(ge=1)] = 1
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    stride: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 1)
     short_side: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("image", "video"):
-            raise ValueError(f"A batch is of images or of videos: kind is image or video, got {self.kind!r}.")
         if min(self.size) < VIDEO.space or any(side % VIDEO.space for side in self.size):
             raise ValueError(
                 f"Crops have sides that are multiples of {VIDEO.space}; got size {self.size} (height, width)."
             )
-        if self.frames < 1 or self.frames % VIDEO.time != 1 or (self.kind == "image" and self.frames != 1):
+        if self.frames % VIDEO.time != 1 or (self.kind == "image" and self.frames != 1):
             raise ValueError(
                 f"A clip has 1 + {VIDEO.time}N frames (5, 9, 17 ...) and an image has 1; got frames = {self.frames} "
                 f"for kind {self.kind}."
             )
-        if self.batch < 1 or self.weight <= 0:
-            raise ValueError(f"A batch has 1 clip or more and a weight above 0; got {self.batch} and {self.weight:g}.")
-        if not 1 <= self.stride[0] <= self.stride[1]:
-            raise ValueError(f"The stride goes from a smallest (1 or more) to a largest; got {self.stride}.")
+        if self.stride[0] > self.stride[1]:
+            raise ValueError(f"The stride goes from a smallest to a largest; got {self.stride}.")
         if self.short_side is not None and self.short_side < min(self.size):
             raise ValueError(
                 f"A short side of {self.short_side} does not hold crops of {self.size[0]}x{self.size[1]} (height x "

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from ..families import VIDEO
 from ..families.iv_vae import PUBLISHED, IVParts, TemporalConv
 from .clips import BatchKind
 from .losses import Distance
 from .regularization import Mapping as FrameMapping
-from .tables import ConfigError, Table, from_table
+from .tables import STRICT, ConfigError, Table, from_table
 
 CV_LONGEST = 17  # frames that CV-VAE handles in one call
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
     """What is trained, and from where.
 
@@ -36,12 +42,12 @@ class ModelConfig:
     family: Literal["cv-vae", "cv-vae-sd3", "iv-vae"]
     init: Literal["fresh", "weights", "inflate"]
     weights: tuple[str, ...] = ()
-    widths: tuple[int, ...] | None = None
-    blocks_per_level: int | None = None
-    latent_channels: int | None = None
-    dim: int | None = None
+    widths: tuple[Count, ...] | None = None
+    blocks_per_level: Count | None = None
+    latent_channels: Count | None = None
+    dim: Count | None = None
     halves: Literal[1, 2] | None = None
-    scale_factor: float | None = None
+    scale_factor: Positive | None = None
     shift_factor: float | None = None
     temporal_conv: TemporalConv = PUBLISHED.temporal_conv
     branches: Literal[1, 2] = PUBLISHED.branches
@@ -76,7 +82,7 @@ class ModelConfig:
 _CV_SIZE = ("widths", "blocks_per_level", "latent_channels")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CameraMovesConfig:
     """Training pictures without a data set: a camera moves over procedural images, and over photographs if given.
 
@@ -84,11 +90,11 @@ class CameraMovesConfig:
     for ten that this package brings.
     """
 
-    procedural: int
+    procedural: NotNegative
     photographs: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """What is trained on: `sources` (folders, CSV files, WebDataset shards) or `camera_moves`.
 
@@ -99,16 +105,16 @@ class DataConfig:
     batches: tuple[BatchKind, ...]
     sources: tuple[str, ...] = ()
     camera_moves: CameraMovesConfig | None = None
-    workers: int = 0
+    workers: NotNegative = 0
 
     def __post_init__(self) -> None:
         if bool(self.sources) == (self.camera_moves is not None):
             raise ValueError("give either sources (folders, CSV files, WebDataset shards) or a table camera_moves.")
-        if not self.batches or self.workers < 0:
-            raise ValueError("at least one table [[data.batches]] is needed, and workers of 0 or more.")
+        if not self.batches:
+            raise ValueError("at least one table [[data.batches]] is needed.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LossConfig:
     """Reconstruction and KL. Published: l1, lpips_weight 0.5.
 
@@ -118,16 +124,12 @@ class LossConfig:
     """
 
     reconstruction: Distance = "l1"
-    lpips_weight: float = 0.5
+    lpips_weight: Weight = 0.5
     lpips: Path | None = None
-    kl_weight: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.lpips_weight < 0 or self.kl_weight < 0:
-            raise ValueError("lpips_weight and kl_weight must be 0 or more.")
+    kl_weight: Weight = 1e-6
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RegularizationConfig:
     """Latent-space regularization by the frozen image VAE `image_vae`. Published: decoder 1, encoder 0, random.
 
@@ -136,32 +138,26 @@ class RegularizationConfig:
     """
 
     image_vae: str
-    decoder: float = 1.0
-    encoder: float = 0.0
+    decoder: Weight = 1.0
+    encoder: Weight = 0.0
     mapping: FrameMapping = "random"
 
     def __post_init__(self) -> None:
-        if min(self.decoder, self.encoder) < 0 or self.decoder + self.encoder == 0:
-            raise ValueError(
-                "decoder and encoder must be 0 or more, and one of them above 0; leave the table out else."
-            )
+        if self.decoder + self.encoder == 0:
+            raise ValueError("decoder or encoder must be above 0; leave the table out to train without.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DiscriminatorConfig:
     """The adversarial loss. Published: weight 0.5, width 64. Before step `start` there is none."""
 
-    start: int = 0
-    weight: float = 0.5
-    width: int = 64
-    learning_rate: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.start < 0 or self.weight <= 0:
-            raise ValueError("start must be 0 or more and weight above 0; leave the table out to train without.")
+    start: NotNegative = 0
+    weight: Positive = 0.5
+    width: Annotated[int, Field(ge=32, multiple_of=32)] = 64
+    learning_rate: Positive | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimizerConfig:
     """AdamW under a cosine with warm-up, as published; `kind` "muon" orthogonalises the momentum of kernels.
 
@@ -172,22 +168,18 @@ class OptimizerConfig:
     gradient small against `eps`: clip_log_variances "apart" clips it by itself; "together", as published, does not.
     """
 
-    learning_rate: float
+    learning_rate: Positive
     kind: Literal["adamw", "muon"] = "adamw"
-    warm_up: int = 1000
-    least: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-4
-    weight_decay: float = 0.01
-    clip: float = 1.0
+    warm_up: NotNegative = 1000
+    least: Annotated[float, Field(ge=0, le=1)] = 0.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    eps: Positive = 1e-4
+    weight_decay: Weight = 0.01
+    clip: Positive = 1.0
     clip_log_variances: Literal["apart", "together"] = "apart"
 
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.clip <= 0 or self.warm_up < 0 or not 0 <= self.least <= 1:
-            raise ValueError("learning_rate and clip must be above 0, warm_up 0 or more, least from 0 to 1.")
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     """How long, how precisely, and what is written when (all in steps).
 
@@ -198,30 +190,19 @@ class RunConfig:
     activations again in the backward pass; a third slower, and far less memory.
     """
 
-    steps: int
+    steps: NotNegative
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     checkpointing: bool = True
-    accumulation: int = 1
-    ema: float = 0.999
-    save_every: int = 1000
-    keep: int = 3
-    log_every: int = 10
-    most_skipped: int = 10
-
-    def __post_init__(self) -> None:
-        if (
-            min(self.steps, self.most_skipped) < 0
-            or min(self.accumulation, self.save_every, self.keep, self.log_every) < 1
-        ):
-            raise ValueError(
-                "steps and most_skipped must be 0 or more; accumulation, save_every, keep and log_every 1 or more."
-            )
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema:g}; needed is 0 (none) or a share below 1, such as 0.999.")
+    accumulation: Count = 1
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    save_every: Count = 1000
+    keep: Count = 3
+    log_every: Count = 10
+    most_skipped: NotNegative = 10
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ValidationConfig:
     """Clips that are never trained on: PSNR, SSIM and sample grids every `every` steps.
 
@@ -230,18 +211,16 @@ class ValidationConfig:
 
     sources: tuple[str, ...]
     size: tuple[int, int]
-    every: int
-    frames: int = 17
-    clips: int = 8
-    short_side: int | None = None
+    every: Count
+    frames: Count = 17
+    clips: Count = 8
+    short_side: Count | None = None
 
     def __post_init__(self) -> None:
         check_clip(self.frames, self.size)
-        if self.every < 1 or self.clips < 1:
-            raise ValueError("every and clips must be 1 or more.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """One stage: `out` is the folder that everything is written to."""
 
@@ -252,7 +231,7 @@ class TrainConfig:
     loss: LossConfig
     optimizer: OptimizerConfig
     run: RunConfig
-    seed: int = 0
+    seed: NotNegative = 0
     regularization: RegularizationConfig | None = None
     discriminator: DiscriminatorConfig | None = None
     validation: ValidationConfig | None = None
@@ -292,7 +271,7 @@ def check_clip(frames: int, size: tuple[int, int]) -> None:
 def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config in a TOML file, with `overrides` such as "run.steps=100" in place of what stands there.
 
-    Raises ConfigError, which names the file and the key, for a file or an override that is not understood.
+    Raises ConfigError, which names the file and every key that is wrong, for what is not understood.
     """
     try:
         table = _parse(path.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .config import OptimizerConfig
 from .optimizer import Muon
 
+Weights = list[Tensor] | tuple[Tensor, ...]
 MUON_SHARE = 0.2  # of the learning rate, for what AdamW trains in addition to Muon
 
 
@@ -27,12 +28,13 @@ def moving_share(steps: int, share: float) -> float:
     return min(share, (1 + steps) / (10 + steps))
 
 
-def moving_average(share: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def moving_average(share: float) -> Callable[[Weights, Weights, Tensor | int], None]:
     """How an `AveragedModel` takes in the weights after a step: `share` of itself stays, less at first."""
 
     @torch.no_grad()
-    def take_in(average: list[Tensor], weights: list[Tensor], steps: Tensor | int) -> None:
-        torch._foreach_lerp_(average, weights, 1 - moving_share(int(steps), share))  # pyright: ignore[reportPrivateUsage]
+    def take_in(average: Weights, weights: Weights, steps: Tensor | int) -> None:
+        for ours, theirs in zip(average, weights, strict=True):
+            ours.lerp_(theirs, 1 - moving_share(int(steps), share))
 
     return take_in
 

@@ -1,15 +1,21 @@
-"""Frozen dataclasses from TOML tables, and back, strictly: no key too many, none too few, each of its declared type."""
+"""Frozen dataclasses from TOML tables, and back, strictly: no key too many, none too few, each of its type."""
 
 from __future__ import annotations
 
 import dataclasses
-import types
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 Table = dict[str, Any]
+STRICT = ConfigDict(extra="forbid")  # of every table: no key too many
 
 
 class ConfigError(ValueError):
@@ -33,69 +39,84 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
     return lines
 
 
-def from_table(cls: type[T], table: Mapping[str, Any], where: str, section: str = "") -> T:
-    """The dataclass `cls` from a TOML table: no key too many, none too few, each of its declared type.
+def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """The pydantic dataclass `cls` from a TOML table: no key too many, none too few, each of its type and in its range.
 
-    Raises ConfigError, whose text begins with `where`, names the section and the key, and says what is allowed.
+    Raises ConfigError, whose text begins with `where` and names every key that is wrong, with what is allowed.
     """
-    hints = get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cast("Any", cls))}
-    here = f"{where}: [{section}]" if section else f"{where}:"
-    unknown = [name for name in table if name not in fields]
-    if unknown:
-        raise ConfigError(f"{here} has no key {unknown[0]!r}. Allowed are {', '.join(fields)}.")
-    missing = [name for name, field in fields.items() if _is_required(field) and name not in table]
-    if missing:
-        raise ConfigError(f"{here} needs {', '.join(missing)}. Allowed are {', '.join(fields)}.")
-    inside = f"{section}." if section else ""
-    values = {name: _value(hints[name], value, where, f"{inside}{name}") for name, value in table.items()}
     try:
-        return cast("Any", cls)(**values)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{here} {error}") from error
+        return TypeAdapter(cls).validate_json(json.dumps(table, default=str), strict=True)
+    except ValidationError as error:
+        lines = [_line(cls, found) for found in error.errors()]
+        many = f" {len(lines)} things are wrong.\n  " if len(lines) > 1 else " "
+        raise ConfigError(f"{where}:{many}" + "\n  ".join(dict.fromkeys(lines))) from error
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def schema(cls: type[object]) -> Table:
+    """The JSON schema of `cls`, by which editors complete and check a TOML file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(cls).json_schema()}
 
 
-def _value(hint: object, value: object, where: str, name: str) -> object:
-    """`value` as the type `hint`. Raises ConfigError for any other."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _value(inner, value, where, name)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise ConfigError(f"{where}: {name} is {value!r}; allowed are {', '.join(map(repr, arguments))}.")
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_table(cast("type[object]", hint), cast("Table", value), where, name)
-    if origin is tuple and isinstance(value, list):
-        items = cast("list[object]", value)
-        if arguments[-1] is Ellipsis or len(items) == len(arguments):
-            return tuple(_value(arguments[0], item, where, name) for item in items)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint in (str, int, bool) and type(value) is hint:
-        return value
-    raise ConfigError(f"{where}: {name} is {value!r}; needed is {_words(hint)}.")
+def _line(cls: type[object], found: ErrorDetails) -> str:
+    """One error in the words of this project."""
+    *path, last = found["loc"] or ("",)
+    kind, got = found["type"], found["input"]
+    if kind == "unexpected_keyword_argument":
+        allowed = ", ".join(field.name for field in dataclasses.fields(cast("Any", _at(cls, path))))
+        return f"{_section(path)} has no key {last!r}. Allowed are {allowed}."
+    if kind == "missing" and isinstance(last, int):
+        return f"{_name(path)} is too short: it needs a value number {last + 1}."
+    if kind in ("missing", "missing_argument"):
+        return f"{_section(path)} needs {last}."
+    if kind == "value_error":
+        return f"{_section(found['loc'])} {found['msg'].removeprefix('Value error, ')}".strip()
+    return f"{_name(found['loc'])} is {got!r}; {_needed(kind, found)}."
 
 
-def _words(hint: object) -> str:
-    if get_origin(hint) is tuple:
-        arguments = get_args(hint)
-        count = "a list" if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
-        return f"{count}, each {_words(arguments[0])}"
-    known: dict[object, str] = {
-        str: "a text in quotes", Path: "a path in quotes", int: "a whole number", float: "a number",
-        bool: "true or false",
+def _needed(kind: str, found: ErrorDetails) -> str:
+    limits: Mapping[str, Any] = found.get("ctx", {})
+    words = {
+        "literal_error": "allowed are {expected}",
+        "greater_than_equal": "needed is {ge:g} or more",
+        "greater_than": "needed is more than {gt:g}",
+        "less_than_equal": "needed is {le:g} or less",
+        "less_than": "needed is less than {lt:g}",
+        "multiple_of": "needed is a multiple of {multiple_of:g}",
+        "too_short": "needed is a list of {min_length} or more",
+        "too_long": "needed is a list of {max_length}",
+        "int_type": "needed is a whole number", "int_from_float": "needed is a whole number",
+        "float_type": "needed is a number", "finite_number": "needed is a number",
+        "bool_type": "needed is true or false", "string_type": "needed is a text in quotes",
+        "path_type": "needed is a path in quotes", "is_instance_of": "needed is a path in quotes", "tuple_type": "needed is a list",
+        "dataclass_type": "needed is a table",
     }  # fmt: skip
-    return known.get(hint, "a table")
+    return words[kind].format(**limits) if kind in words else found["msg"]
+
+
+def _at(cls: object, path: Sequence[int | str]) -> object:
+    """The dataclass that the tables of `path` are read into."""
+    for name in path:
+        if isinstance(name, str):
+            cls = next(d for d in _types(get_type_hints(cls)[name]) if dataclasses.is_dataclass(d))
+    return cls
+
+
+def _types(hint: object) -> Iterator[object]:
+    yield hint
+    for inner in get_args(hint):
+        yield from _types(inner)
+
+
+def _name(path: Sequence[int | str]) -> str:
+    """A key of the file, such as "data.batches[2].size[1]"; tables and list items are counted from 1."""
+    return "".join(f"[{one + 1}]" if isinstance(one, int) else f".{one}" for one in path).removeprefix(".")
+
+
+def _section(path: Sequence[int | str]) -> str:
+    """A table, such as "[model]", or "[[data.batches]] number 2"."""
+    if path and isinstance(path[-1], int):
+        return f"[[{_name(path[:-1])}]] number {path[-1] + 1}:"
+    return f"[{_name(path)}]" if path else "the file"
 
 
 def _plain(value: object) -> object:
