@@ -102,7 +102,9 @@ def test_the_archive_holds_what_users_need(archive: Path) -> None:
     ):
         assert needed in names
     assert [name for name in names if name.endswith(".py") and name.startswith(("benchmarks/", "docs/"))] == []
-    assert sum(name.startswith("vae_core/recipes/") for name in names) == 14  # of the guide docs/training.md, which is there
+    assert (
+        sum(name.startswith("vae_core/recipes/") for name in names) == 14
+    )  # of the guide docs/training.md, which is there
     assert archive.stat().st_size < 19 << 20
 
 

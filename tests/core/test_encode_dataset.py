@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 import vae_core
 from vae_core.cli import app as commands
-from vae_core.dataset import Counts, EncodeJob, EncodeJobError, EncodeSettings, read_latents
+from vae_core.dataset import Counts, EncodeJob, EncodeJobError, EncodeSettings, encoding, read_latents
 from vae_core.dataset import job as job_module
 from vae_core.media.video import read_frames
 from vae_core.training.data import TrainingDataError
@@ -66,13 +66,13 @@ def _adds_up(folder: Path) -> dict:
 def encoded_clips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The keys of all clips that went through a VAE in this process."""
     seen: list[str] = []
-    plain = job_module.encode_clip
+    plain = encoding.encode_clip
 
     def counted(vae, file, key, *rest):
         seen.append(key)
         return plain(vae, file, key, *rest)
 
-    monkeypatch.setattr(job_module, "encode_clip", counted)
+    monkeypatch.setattr(encoding, "encode_clip", counted)
     return seen
 
 

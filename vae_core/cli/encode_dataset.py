@@ -52,6 +52,9 @@ def encode_dataset_command(
     clips_per_shard: Annotated[int, typer.Option("--clips-per-shard", min=1, help="Clips of a shard, at most.")] = 256,
     dtype: DTypeOption = DType.auto,
     device: Device = "auto",
+    retry_broken: Annotated[
+        bool, typer.Option("--retry-broken", help="Try clips again that could not be encoded before.")
+    ] = False,
     ray: Annotated[
         str | None, typer.Option("--ray", help="Run on Ray: local, auto, or the address of a cluster.", metavar="WHERE")
     ] = None,
@@ -59,8 +62,8 @@ def encode_dataset_command(
 ) -> None:
     """Encode a data set of videos and images into shards of latents, with a manifest.
 
-    A run that was ended goes on where it was; what is finished is not encoded again. A clip that cannot be read is
-    reported and left out; the exit code is then 3.
+    A run that was ended goes on where it was; what is finished is not encoded again, unless its file has changed. A
+    clip that cannot be read is reported and left out; the exit code is then 3.
     """
     where, kind = device_and_dtype(dtype, device)
     try:
@@ -77,10 +80,14 @@ def encode_dataset_command(
             form=form.value,
             clips_per_shard=clips_per_shard,
         )
-        job = EncodeJob(sources, output, settings)
+        job = EncodeJob(sources, output, settings, retry_broken=retry_broken)
+        if job.again:
+            note(f"{job.again} clips are encoded again: they were broken, or their files are others now.")
         counts = _run(job, where, ray, workers)
     except (EncodeJobError, TrainingDataError) as error:
         raise UserError(str(error)) from error
+    if job.gone:
+        note(f"{len(job.gone)} clips are no longer in the sources; their latents stay. manifest.json names them.")
     errors = job.errors()
     for name, reason in list(errors.items())[:_SHOWN]:
         note(f"left out: {reason if name in reason else f'{name}: {reason}'}")

@@ -32,7 +32,9 @@ SHOWN = ("total", "l1", "l2", "lpips", "decoder_regularization", "encoder_regula
 
 @guarded
 def train_command(
-    config: Annotated[Path | None, typer.Argument(help="The TOML file of the stage, or a recipe.", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="The TOML file of the stage, or a recipe.", show_default=False)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     changed: Annotated[
         list[str] | None,

@@ -7,34 +7,28 @@ it says what is in it; the record is the last to appear. The plan of clips is ke
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..door.loading import DEMO_WEIGHTS, load
-from ..door.vae import VideoVAE
-from ..errors import VideoError
-from ..evaluation.protocols import cover
-from ..training.clip_decoding import clip_rate, damage_of, read_picked
+from ..door.loading import load
+from ..training.clip_decoding import forget
 from ..training.clip_files import ClipFile, list_clips
-from ..training.data import TrainingDataError
-from ..weights.files import SUFFIXES
+from .encoding import UNEXPECTED, EncodeSettings, encode_row
+from .lock import LOCK, locked
 from .shards import (
     SUFFIX,
-    ClipInfo,
     EncodeJobError,
-    ShardFormat,
-    check_finite,
     read_info,
     read_json,
+    read_record,
     write_bytes,
     write_clip,
     write_json,
@@ -43,45 +37,8 @@ from .shards import (
 
 logger = logging.getLogger("cviv_vae.dataset")
 VERSION = 1
-CHUNK = 4  # frames that are read at once
+MOST_UNEXPECTED = 10  # clips in a row that may fail in a way that says nothing of the clip
 Progress = Callable[["Counts"], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeSettings:
-    """What decides the latents and their files; a folder holds the latents of one such choice.
-
-    weights: a file, a folder or the name of demo weights. dtype: of the computation; stored: of the latents. size:
-    (height, width) that pictures are made to cover and cut to, never enlarged; None leaves them. frames: of each video,
-    from its beginning; None takes all. stride: every so manyth frame. seed: draws from the posterior; None takes its
-    mean. form: of the shards. clips_per_shard: at most.
-    """
-
-    weights: str
-    dtype: torch.dtype = torch.float32
-    stored: torch.dtype = torch.float32
-    size: tuple[int, int] | None = None
-    frames: int | None = None
-    stride: int = 1
-    seed: int | None = None
-    form: ShardFormat = "safetensors"
-    clips_per_shard: int = 256
-
-    def __post_init__(self) -> None:
-        numbers = (self.stride, self.frames or 1, self.clips_per_shard, *(self.size or (1, 1)))
-        if min(numbers) < 1 or self.form not in SUFFIX or self.stored not in (
-            torch.float32, torch.float16, torch.bfloat16
-        ):  # fmt: skip
-            raise EncodeJobError(
-                f"Got size {self.size}, {self.frames} frames, stride {self.stride}, {self.clips_per_shard} clips per "
-                f"shard, form {self.form}, stored as {self.stored}; numbers are 1 or more, the form is "
-                f"{' or '.join(SUFFIX)}, latents are stored as float32, float16 or bfloat16."
-            )
-
-    def described(self) -> dict[str, Any]:
-        """For the folder: what must be the same when the job goes on."""
-        texts = {name: str(value) if isinstance(value, torch.dtype) else value for name, value in asdict(self).items()}
-        return json.loads(json.dumps(texts | {"weights": _digest(self.weights)}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,17 +70,34 @@ class PlannedClip:
 class EncodeJob:
     """Encode every image and video of `sources` into `folder`, or go on where an earlier run stopped.
 
-    sources: see `list_clips`; clips that are new since the earlier run are added. Raises EncodeJobError where the
-    folder holds the latents of other settings, TrainingDataError where a source is wrong, VideoError never: a clip that
-    cannot be read is counted and named in the manifest.
+    sources: see `list_clips`; clips that are new since the earlier run are added, and those whose content is another
+    one now are encoded again, `again` of them. retry_broken: try again what could not be encoded. Raises EncodeJobError
+    where the folder holds the latents of other settings or another job is at work in it, TrainingDataError where a
+    source is wrong, VideoError never: a clip that cannot be read is counted and named in the manifest.
     """
 
-    def __init__(self, sources: Sequence[str | Path], folder: str | Path, settings: EncodeSettings) -> None:
+    def __init__(
+        self,
+        sources: Sequence[str | Path],
+        folder: str | Path,
+        settings: EncodeSettings,
+        *,
+        retry_broken: bool = False,
+    ) -> None:
         self.folder, self.settings = Path(folder), settings
+        forget()
         listing = list_clips(sources)
         self.unlisted = dict(listing.broken)
         self._check_folder()
-        self.rows = self._plan({_key(clip, n): clip for clip, n in _numbered(listing.clips)})
+        with self.lock():
+            self._open(listing.clips, retry_broken=retry_broken)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other jobs out of the folder; `run` and `run_on_ray` do."""
+        return locked(self.folder)
+
+    def _open(self, clips: Sequence[ClipFile], *, retry_broken: bool) -> None:
+        self.rows = self._plan({_key(clip, n): clip for clip, n in _numbered(clips)})
         self._shards: dict[int, list[PlannedClip]] = {}
         for row in self.rows:
             self._shards.setdefault(row.shard, []).append(row)
@@ -135,26 +109,30 @@ class EncodeJob:
         self._found: set[str] = set()  # clips of the other shards that are encoded or broken
         self._encoded = self._frames = self._now = 0
         self._broken: dict[str, str] = {}
+        self._unexpected = 0  # clips in a row
         self.damaged: dict[str, str] = {}  # clips that were encoded all the same, and what is wrong with them
+        self.again = self._give_up_changed(retry_broken=retry_broken)
         for number in self._shards:
             if self._record(number).exists():
                 self._take_record(number)
             else:
                 self._look(number)
+        self.gone = [row.key for row in self.rows if row.file is None and row.key not in self._broken]
 
     # ------------------------------------------------------------------------------------------------------- doing
 
     def run(self, device: torch.device | str, progress: Progress | None = None) -> Counts:
         """Encode what is left, in this process; returns the counts, which the manifest has too."""
-        try:
-            if self.pending():
-                vae = load(self.settings.weights, device=device, dtype=self.settings.dtype)
-                for row in self.pending():
-                    encode_row(vae, row.file, row.key, self.part(row), self.settings)
-                    self.finished(row.id, progress)
-            self.complete()
-        finally:
-            self.write_manifest()
+        with self.lock():
+            try:
+                if self.pending():
+                    vae = load(self.settings.weights, device=device, dtype=self.settings.dtype)
+                    for row in self.pending():
+                        encode_row(vae, row.file, row.key, self.part(row), self.settings)
+                        self.finished(row.id, progress)
+                self.complete()
+            finally:
+                self.write_manifest()
         return self.counts()
 
     def pending(self) -> list[PlannedClip]:
@@ -174,6 +152,11 @@ class EncodeJob:
             self._complete(row.shard)
         if progress is not None:
             progress(self.counts())
+        if self._unexpected >= MOST_UNEXPECTED:
+            raise EncodeJobError(
+                f"{self._unexpected} clips in a row failed in a way that says nothing of the clips. The last: "
+                f"{self._broken[row.key]} What was finished is kept; mend that, and go on with --retry-broken."
+            )
 
     def complete(self) -> None:
         """Make the shards whose clips are all there: an earlier run may have ended just before."""
@@ -224,6 +207,7 @@ class EncodeJob:
                 "shards": [summary for _, summary in sorted(self._done.items())],
                 "errors": self.errors(),
                 "damaged": self.damaged,
+                "gone": self.gone,
             },
         )
 
@@ -233,7 +217,9 @@ class EncodeJob:
         path, self._settings = self.folder / "job.json", self.settings.described()
         wanted = {"version": VERSION, "settings": self._settings}
         if not path.exists():
-            if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
+            if self.folder.is_file() or (
+                self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir())
+            ):
                 raise EncodeJobError(f"{self.folder} holds other things and no job; choose a new or an empty folder.")
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, wanted)
@@ -291,86 +277,73 @@ class EncodeJob:
         path = self.part(row)
         self._found.add(row.id)
         if not path.exists():
-            self._broken[row.key] = read_json(path.with_suffix(".json"))["reason"]
+            error = read_json(path.with_suffix(".json"))
+            self._broken[row.key] = error["reason"]
+            self._unexpected = self._unexpected + 1 if error.get("kind") == UNEXPECTED else 0
             return False
-        info = read_info(path)
+        info, self._unexpected = read_info(path), 0
         self._encoded, self._frames = self._encoded + 1, self._frames + info.frames
         if info.damage:
             self.damaged[row.key] = info.damage
         return True
 
+    # ------------------------------------------------------------------------------------------------ encoding again
+
+    def _give_up_changed(self, *, retry_broken: bool) -> int:
+        """Forget what was made of clips whose content is another one now, and of broken ones if asked; how many."""
+        count = 0
+        for number, rows in self._shards.items():
+            made = self._made(number, rows)
+            again = {row.id for row in rows if row.id in made and self._is_due(row, made[row.id], retry_broken)}
+            if again and self._record(number).exists():
+                self._reopen(number, again)
+            for row in rows:
+                if row.id in again:
+                    self.part(row).unlink(missing_ok=True)
+                    self.part(row).with_suffix(".json").unlink(missing_ok=True)
+            count += len(again)
+        return count
+
+    def _made(self, number: int, rows: Sequence[PlannedClip]) -> dict[str, dict[str, Any]]:
+        """What is known of the clips of a shard that are encoded or broken, by their ids."""
+        if self._record(number).exists():
+            record = read_json(self._record(number))
+            return {found["id"]: found for found in (*record["clips"], *record["errors"])}
+        found: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            part = self.part(row)
+            if part.exists():
+                found[row.id] = asdict(read_info(part))
+            elif part.with_suffix(".json").exists():
+                found[row.id] = read_json(part.with_suffix(".json"))
+        return found
+
+    def _is_due(self, row: PlannedClip, made: Mapping[str, Any], retry_broken: bool) -> bool:
+        if row.file is None:
+            return False
+        broken, before = "reason" in made, made.get("source", "")
+        if broken and (retry_broken or not before):
+            return True
+        return bool(before) and row.file.has_changed(before)
+
+    def _reopen(self, number: int, again: set[str]) -> None:
+        """Take a complete shard to its clips again, without some; its record goes last of all."""
+        record = read_json(self._record(number))
+        (self._parts / f"{number:05d}").mkdir(exist_ok=True)
+        rows = {row.id: row for row in self._shards[number]}
+        for info, latent in read_record(self._record(number)):
+            if info.id not in again:
+                write_clip(self.part(rows[info.id]), latent, info)
+        for error in record["errors"]:
+            if error["id"] not in again:
+                write_json(self.part(rows[error["id"]]).with_suffix(".json"), error)
+        self._record(number).unlink()
+        if record["file"] is not None:
+            (self.folder / record["file"]).unlink(missing_ok=True)
+
 
 def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"file": record["file"], "clips": len(record["clips"]), "broken": len(record["errors"])}
-
-
-def encode_row(vae: VideoVAE, file: ClipFile | None, key: str, part: Path, settings: EncodeSettings) -> None:
-    """Encode one clip into the file `part`, or leave the reason why not, as `.json`; what is there stays as it is."""
-    if part.exists() or part.with_suffix(".json").exists():
-        return
-    try:
-        if file is None:
-            raise TrainingDataError(f"{key}: is no longer in the sources.")
-        latent, info = encode_clip(vae, file, key, part.stem, settings)
-    except (VideoError, TrainingDataError) as error:
-        logger.warning("Left out: %s", error)
-        write_json(part.with_suffix(".json"), {"id": part.stem, "key": key, "reason": str(error)})
-        return
-    write_clip(part, latent, info)
-
-
-def encode_clip(
-    vae: VideoVAE, file: ClipFile, key: str, identity: str, settings: EncodeSettings
-) -> tuple[Tensor, ClipInfo]:
-    """The latent of a clip, (z, t, h, w) on the CPU. Raises VideoError or TrainingDataError where it cannot be read."""
-    frames = 0
-    shape = (0, 0)
-
-    def pick(count: int) -> range:
-        last = None if settings.frames is None or file.kind == "image" else 1 + (settings.frames - 1) * settings.stride
-        if last is not None and count < last:
-            raise TrainingDataError(
-                f"{file.name}: has {count} frames; {settings.frames} at stride {settings.stride} need {last}."
-            )
-        return range(0, count if last is None else last, settings.stride)
-
-    def chunks() -> Iterator[Tensor]:
-        nonlocal frames, shape
-        held: list[Tensor] = []
-        for picture in read_picked(file, pick, whole=True):
-            held.append(_fitted(picture, settings.size, file))
-            frames, shape = frames + 1, (held[-1].shape[-2], held[-1].shape[-1])
-            if len(held) == CHUNK:
-                yield torch.cat(held, dim=2)
-                held = []
-        if held:
-            yield torch.cat(held, dim=2)
-
-    seed = settings.seed
-    generator = None if seed is None else torch.Generator().manual_seed((seed * 10**8 + int(identity)) % 2**63)
-    stream = vae.encode_stream(chunks(), pad=True, sample=seed is not None, generator=generator)
-    latent = torch.cat([chunk.cpu() for chunk in stream], dim=2)[0].to(settings.stored)  # z t h w
-    check_finite(latent, file.name, vae.dtype)
-    info = ClipInfo(
-        id=identity,
-        key=key,
-        frames=frames,
-        height=shape[0],
-        width=shape[1],
-        fps=str(clip_rate(file) / settings.stride),
-        damage=damage_of(file),
-    )
-    return latent, info
-
-
-def _fitted(picture: Tensor, size: tuple[int, int] | None, file: ClipFile) -> Tensor:
-    """(3, H, W) as (1, 3, 1, h, w)."""
-    height, width = picture.shape[-2:]
-    if size is None:
-        return picture[None, :, None]
-    if height < size[0] or width < size[1]:
-        raise TrainingDataError(f"{file.name}: is {width}x{height}, too small for {size[1]}x{size[0]}.")
-    return cover(picture[None, :, None], size)
 
 
 def _numbered(clips: Sequence[ClipFile]) -> Iterator[tuple[ClipFile, int]]:
@@ -383,17 +356,3 @@ def _numbered(clips: Sequence[ClipFile]) -> Iterator[tuple[ClipFile, int]]:
 
 def _key(clip: ClipFile, repeat: int) -> str:
     return f"{clip.key} #{repeat + 1}" if repeat else clip.key
-
-
-def _digest(weights: str) -> str:
-    """A name for weights that follows from their bytes."""
-    place = DEMO_WEIGHTS.get(weights, Path(weights))
-    if not place.exists():
-        raise EncodeJobError(f"{weights}: no such weights; give a file, a folder, or {', '.join(DEMO_WEIGHTS)}.")
-    files = sorted(path for path in place.iterdir() if path.suffix in SUFFIXES) if place.is_dir() else [place]
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return f"sha256:{digest.hexdigest()[:32]}"

@@ -10,14 +10,18 @@ import importlib
 import logging
 import os
 import pickle
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..door.loading import load
-from .job import Counts, EncodeJob, EncodeJobError, EncodeSettings, PlannedClip, Progress, encode_row
+from .encoding import EncodeSettings, encode_row
+from .job import Counts, EncodeJob, PlannedClip, Progress
+from .shards import EncodeJobError
 
 _MOST_TASKS = 2000
+PATIENCE = 20  # seconds for the address of a cluster
 
 
 class _Encoder:
@@ -41,9 +45,24 @@ def run_on_ray(
 
     address: of a cluster ("auto" finds the one that this machine belongs to), on which weights, sources and folder have
     the same paths everywhere; None starts Ray on this machine alone and stops it in the end.
-    Raises EncodeJobError where Ray is not installed.
+    Raises EncodeJobError where Ray is not installed, or nothing answers at the address.
     """
-    ray, clips = _ray(), job.pending()
+    ray = _ray()
+    if address is not None:
+        _check_address(address)
+    with job.lock():
+        return _run(ray, job, device, workers, address, progress)
+
+
+def _run(
+    ray: Any,  # noqa: ANN401
+    job: EncodeJob,
+    device: str,
+    workers: int,
+    address: str | None,
+    progress: Progress | None,
+) -> Counts:
+    clips = job.pending()
     started = not ray.is_initialized()
     try:
         if clips:
@@ -60,6 +79,19 @@ def run_on_ray(
         if started and ray.is_initialized():
             ray.shutdown()
     return job.counts()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself waits for minutes for a cluster that is not there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", or a name that Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except OSError as error:
+        raise EncodeJobError(
+            f"Nothing answers at {address} ({error}): start the cluster (ray start --head) or correct --ray."
+        ) from error
 
 
 def _ray() -> Any:  # noqa: ANN401 - an optional package

@@ -29,7 +29,8 @@ class EncodeJobError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class ClipInfo:
     """What a latent was made of. key: the clip's place in its source. frames, height, width: of what was encoded, in
-    frames and pixels, before any padding. fps: frames per second, as a fraction. damage: what was wrong with them."""
+    frames and pixels, before any padding. fps: frames per second, as a fraction. damage: what was wrong with them.
+    source: size, time and hash of the file that they are of, see `ClipFile.fingerprint`."""
 
     id: str
     key: str
@@ -38,6 +39,7 @@ class ClipInfo:
     width: int
     fps: str
     damage: str = ""
+    source: str = ""
 
 
 def check_finite(latent: Tensor, name: object, computed: torch.dtype) -> None:
@@ -110,18 +112,23 @@ def write_shard(path: Path, clips: Sequence[Path], form: ShardFormat) -> list[Cl
 def read_latents(folder: str | Path) -> Iterator[tuple[ClipInfo, Tensor]]:
     """Every finished clip of a job's folder with its latent, (z, t, h, w), shard after shard."""
     for record in sorted(Path(folder).glob("shard-*.json")):
-        content = read_json(record)
-        if content["file"] is None:
-            continue
-        path = record.with_name(content["file"])
-        infos = [ClipInfo(**info) for info in content["clips"]]
-        if path.suffix == SUFFIX["safetensors"]:
-            with open_safetensors(path) as file:
-                for info in infos:
-                    yield info, file.get_tensor(info.id)
-            continue
-        with tarfile.open(path) as shard:
+        yield from read_record(record)
+
+
+def read_record(record: Path) -> Iterator[tuple[ClipInfo, Tensor]]:
+    """The clips of one shard, by its record."""
+    content = read_json(record)
+    if content["file"] is None:
+        return
+    path = record.with_name(content["file"])
+    infos = [ClipInfo(**info) for info in content["clips"]]
+    if path.suffix == SUFFIX["safetensors"]:
+        with open_safetensors(path) as file:
             for info in infos:
-                member = shard.extractfile(f"{info.id}.safetensors")
-                assert member is not None
-                yield info, safetensors.torch.load(member.read())[TENSOR]
+                yield info, file.get_tensor(info.id)
+        return
+    with tarfile.open(path) as shard:
+        for info in infos:
+            member = shard.extractfile(f"{info.id}.safetensors")
+            assert member is not None
+            yield info, safetensors.torch.load(member.read())[TENSOR]

@@ -164,6 +164,12 @@ def _random_box(
 # ------------------------------------------------------------------------------------------------------ the file
 
 
+def forget() -> None:
+    """Forget what is remembered of files, since they may have changed."""
+    _times.cache_clear()
+    _timeline.cache_clear()
+
+
 @lru_cache(maxsize=4096)
 def _times(clip: ClipFile) -> tuple[array[int], bool]:
     """When each frame of the clip is shown, as its packets announce it, ascending, in the stream's own units.

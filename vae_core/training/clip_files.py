@@ -62,6 +62,33 @@ class ClipFile:
             raise TrainingDataError(f"{self.name}: the shard ends within it; copy the shard again.")
         return io.BytesIO(content)
 
+    def fingerprint(self) -> str:
+        """Size, time of change and SHA-256 of its bytes, "size:time:hash"; empty where it cannot be read."""
+        try:
+            size, time = self._stamp()
+            digest = hashlib.sha256()
+            with self.open() as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except (OSError, TrainingDataError):
+            return ""
+        return f"{size}:{time}:{digest.hexdigest()}"
+
+    def has_changed(self, fingerprint: str) -> bool:
+        """Whether its content is another one than `fingerprint` tells of; read only where size or time are others."""
+        size, time, digest = fingerprint.split(":")
+        try:
+            if self._stamp() == (int(size), int(time)):
+                return False
+        except OSError:
+            return False
+        now = self.fingerprint()
+        return bool(now) and now.rpartition(":")[2] != digest
+
+    def _stamp(self) -> tuple[int, int]:
+        found = self.path.stat()
+        return (found.st_size if self.offset is None else self.size), found.st_mtime_ns
+
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:

@@ -87,8 +87,7 @@ def _needed(kind: str, found: ErrorDetails) -> str:
         "int_type": "needed is a whole number", "int_from_float": "needed is a whole number",
         "float_type": "needed is a number", "finite_number": "needed is a number",
         "bool_type": "needed is true or false", "string_type": "needed is a text in quotes",
-        "path_type": "needed is a path in quotes", "is_instance_of": "needed is a path in quotes", "tuple_type": "needed is a list",
-        "dataclass_type": "needed is a table",
+        "tuple_type": "needed is a list", "dataclass_type": "needed is a table",
     }  # fmt: skip
     return words[kind].format(**limits) if kind in words else found["msg"]
 
