@@ -18,7 +18,7 @@ from vae_core.families.cv_vae import CVVAEConfig
 from vae_core.families.iv_vae import IVVAEConfig
 from vae_core.nn.clip import Clip
 from vae_core.nn.steps import Context
-from vae_core.training.inflation import inflate, inflate_cv, read_image_vae
+from vae_core.training.inflation import CVImageWeights, inflate, inflate_cv, read_image_vae
 from vae_core.training.iv_image import InflationError, IVImageConfig, IVImageVAE, inflate_iv, join_halves
 from vae_core.training.sources import frozen_image_vae
 
@@ -218,7 +218,16 @@ def test_what_cannot_be_the_same_is_near_and_said() -> None:
 
     with_bias = random_weights()
     made = inflate([with_bias])
-    assert any("outermost 8 pixels" in note for note in made.notes)
+    found = read_image_vae(with_bias)
+    assert isinstance(found, CVImageWeights)
+    assert found.border is not None
+    latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) / 0.18215
+    one, other = Image2D(with_bias).decode(latent), made.vae.model.decode(latent[:, :, None])[:, :, 0]
+    error = (one - other).square() / one.var()
+    assert found.border.whole == pytest.approx(float(error.mean().sqrt()), rel=0.05)
+    assert found.border.inside == pytest.approx(float(error[..., 8:-8, 8:-8].mean().sqrt()), rel=0.05)
+    assert found.border.inside > 0.001  # the whole frame is reached
+    assert any(f"differs by {100 * found.border.whole:.2g}% of its deviation" in note for note in made.notes)
     first = made.vae.model.decoder.conv_in  # type: ignore[union-attr]
     with torch.no_grad():
         value = first(Clip([latent[:, :, None]]), Context()).tensor()[:, :, 0] / 10**0.5  # the norms' eps differs by 10

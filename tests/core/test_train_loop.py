@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -31,7 +33,7 @@ from vae_core.training.config import (
     ValidationConfig,
     read_config,
 )
-from vae_core.training.journal import read_log, sample_grid
+from vae_core.training.journal import LABEL, read_log, sample_grid
 from vae_core.training.loop import FINAL, Trainer
 
 from .image_vae_2d import our_image_vae
@@ -72,10 +74,11 @@ def test_a_stopped_and_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Pat
     same_checkpoints(
         tmp_path / "whole/checkpoints/step_00000006.ckpt", tmp_path / "parts/checkpoints/step_00000006.ckpt"
     )
-    assert read_log(tmp_path / "whole/log.jsonl") == read_log(tmp_path / "parts/log.jsonl")
+    logs = [read_log(tmp_path / name / "log.jsonl", "training", "validation") for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
     whole, parts = (vae_core.load(tmp_path / name / FINAL).model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    steps = read_log(tmp_path / "whole/log.jsonl")
+    steps = logs[0]
     assert ["discriminator" in line for line in steps] == [False, False, True, False, True, False]
     assert {"adversarial", "adaptive_weight", "decoder_regularization", "nll", "kl"} <= steps[-1].keys()
     kept = sorted(path.name for path in (tmp_path / "whole/checkpoints").iterdir())
@@ -129,7 +132,7 @@ def test_the_log_has_the_means_of_both_sides(tmp_path: Path) -> None:
     plain = trainer._one_step
     trainer._one_step = lambda batches: seen.append(plain(batches)) or seen[-1]  # type: ignore[method-assign]
     assert trainer.run(watching())
-    log = read_log(tmp_path / "log.jsonl")
+    log = read_log(tmp_path / "log.jsonl", "training")
     assert [line["step"] for line in log] == [4, 8]
     for line, steps in zip(log, (seen[:4], seen[4:]), strict=True):
         for name in ("l1", "nll", "discriminator", "score_gap", "gradient_norm"):
@@ -141,7 +144,7 @@ def test_the_log_has_the_means_of_both_sides(tmp_path: Path) -> None:
     resumed.resume()  # in the middle of a window
     assert resumed.step == 6
     assert resumed.run(watching())
-    assert read_log(tmp_path / "log.jsonl") == log
+    assert read_log(tmp_path / "log.jsonl", "training") == log
 
 
 def test_a_run_goes_on_with_other_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -171,18 +174,38 @@ def test_validation_and_samples_are_written(tmp_path: Path) -> None:
     watch = replace(watching(), validation=lambda done, figures: told.append(done))
     Trainer(config, CPU, Squares(1, 5)).run(watch)
     assert told == [0, 4]
-    lines = [line for line in read_log(tmp_path / "log.jsonl") if line["group"] == "validation"]
-    assert {"psnr", "ssim", "compatible_psnr", "latent_mean", "latent_deviation"} <= lines[0].keys()
+    lines = read_log(tmp_path / "log.jsonl", "validation")
+    assert {
+        "psnr",
+        "psnr_worst",
+        "phase_spread",
+        "ssim",
+        "compatible_psnr",
+        "latent_mean",
+        "latent_deviation",
+    } <= lines[0].keys()
     with Image.open(tmp_path / "samples/step_00000004.png") as image:
-        assert image.size == (5 * 24, 6 * 16)  # two clips: original, reconstruction, frozen decoder
+        assert image.size == (5 * 24, 6 * (LABEL + 16))  # two clips: original, reconstruction, frozen decoder
+        rows = [np.asarray(image)[row * (LABEL + 16) :][:LABEL] for row in range(6)]
+    assert all((row > 200).any() and (row < 100).any() for row in rows)  # a name above each
+    (running,) = read_log(tmp_path / "log.jsonl", "running")[-1:]
+    assert running["step"] == 4
+    assert running["seconds_left"] == 0
+    assert running["steps_per_second"] > 0
+    assert 0 <= running["data_wait"] < 1
+    assert 0.05 < running["memory_gib"] < 64
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["config"]["run"]["steps"] == 4
+    assert about["versions"]["torch"] == torch.__version__
     assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_a_grid_spreads_short_clips_under_long_ones() -> None:
     long = torch.linspace(-1, 1, 9).view(1, 9, 1, 1).expand(3, 9, 2, 2)
     short = torch.tensor([-0.5, 0.5]).view(1, 2, 1, 1).expand(3, 2, 2, 2)
-    grid = sample_grid([long, short])
-    assert grid.shape == (3, 4, 12)
+    labelled = sample_grid([("long", long), ("short", short)])
+    assert labelled.shape == (3, 4 + 2 * LABEL, 12)
+    grid = torch.cat((labelled[:, LABEL : LABEL + 2], labelled[:, 2 * LABEL + 2 :]), dim=1)
     assert grid[0, 0, ::2].tolist() == pytest.approx([-1, -0.5, -0.25, 0.25, 0.5, 1], abs=0.26)
     assert grid[0, 2, ::2].tolist() == [-0.5, -0.5, -0.5, 0.5, 0.5, 0.5]
 
@@ -296,7 +319,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
         for name, tensor in one[part].items():
             assert tensor.dtype in (torch.float64, torch.int64), name
             assert torch.allclose(tensor, two[part][name], rtol=0, atol=1e-9), f"{part}.{name}"
-    logs = [read_log(tmp_path / name / "log.jsonl") for name in runs]
+    logs = [read_log(tmp_path / name / "log.jsonl", "training") for name in runs]
     for first, second in zip(*logs, strict=True):
         assert first.pop("group") == second.pop("group")
         assert first == pytest.approx(second, rel=1e-5, abs=1e-6)  # the log has float32

@@ -40,7 +40,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert all(torch.equal(before[1][name], tensor) for name, tensor in before[2].items())
     assert any(not torch.equal(before[2][name], tensor) for name, tensor in before[3].items())
     assert re.search(r"Step 3 gave values that are not finite \(.*l1.*\), and changes nothing", caplog.text)
-    log = read_log(tmp_path / "log.jsonl")
+    log = read_log(tmp_path / "log.jsonl", "training")
     assert [line["skipped"] for line in log] == [0, 0, 1, 1, 1, 1]
     assert "l1" not in log[2]
     for _, path in trainer.checkpoints.all():
@@ -57,7 +57,14 @@ def test_many_steps_that_are_not_finite_go_back_to_the_last_good_checkpoint(
     assert trainer.run(watching())
     assert "2 steps in a row gave values that are not finite" in caplog.text
     assert "Back to step_00000002.ckpt, and on from there with other batches" in caplog.text
-    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5, 6]  # of the second way
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl", "training")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]  # of the second way
     assert trainer.batches.state_dict() == {"index": 9}  # 5 steps, back to 2, and 4 more
     again = Trainer(small_config(tmp_path / "again", run=run), CPU, Squares(1, 5, poisoned_at=tuple(range(4, 99))))
     with pytest.raises(TrainingError, match=r"Step 6: 2 steps .* checkpoint is .*step_00000004.ckpt: go on with"):
@@ -104,7 +111,7 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     kept: dict[int, dict[str, Tensor]] = {}
     watch = replace(watching(), validation=lambda done, _: kept.update({done: _copy(trainer)}))
     trainer.run(watch)
-    psnrs = {x["step"]: x["psnr"] for x in read_log(tmp_path / "log.jsonl") if x["group"] == "validation"}
+    psnrs = {x["step"]: x["psnr"] for x in read_log(tmp_path / "log.jsonl", "validation")}
     best = max(psnrs, key=lambda step: psnrs[step])
     assert trainer.best == (best, psnrs[best])
     found = vae_core.load(tmp_path / BEST).model.state_dict()

@@ -3,8 +3,10 @@
 import json
 import logging
 import signal
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Literal
@@ -27,7 +29,9 @@ from .guard import UserError, err, guarded, note, say, warn
 
 WRONG_INPUT = (ConfigError, TrainingDataError, InflationError, LossError)
 Resume = Literal["no", "yes", "if any"]
-SHOWN = ("total", "l1", "l2", "lpips", "decoder_regularization", "encoder_regularization", "discriminator")
+QUIET = 60  # seconds between lines where there is no terminal for a progress bar
+SHOWN = ("total", "l1", "l2", "lpips", "decoder_regularization", "encoder_regularization", "discriminator",
+         "learning_rate")  # fmt: skip
 
 
 @guarded
@@ -167,15 +171,31 @@ def _watch(trainer: Trainer, signals: list[int]) -> Generator[Watch, None, None]
     with Progress(*columns, console=err, transient=True, disable=not (main and err.is_terminal)) as bar:
         task = bar.add_task("", total=trainer.config.run.steps, completed=trainer.step)
 
+        speed, shown = "", ""
+
         def step(done: int, total: int, figures: Mapping[str, float]) -> None:
-            texts = [f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures]
-            bar.update(task, completed=done, description=", ".join(texts))
+            nonlocal shown
+            shown = ", ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
+            bar.update(task, completed=done, description=f"{shown}{speed}")
+
+        said = time.monotonic()
+
+        def pace(done: int, figures: Mapping[str, float]) -> None:
+            nonlocal speed, said
+            speed = (
+                f"; {figures['steps_per_second']:.3g} steps/s, {figures['data_wait']:.0%} of it waiting for data, "
+                f"{figures['memory_gib']:.1f} GiB"
+            )
+            if main and not err.is_terminal and time.monotonic() - said >= QUIET:
+                said = time.monotonic()
+                left = timedelta(seconds=round(figures.get("seconds_left", 0)))
+                note(f"step {done} of {trainer.config.run.steps}: {shown}{speed}, {left} left")
 
         def validation(done: int, figures: Mapping[str, float]) -> None:
             texts = [f"{name} {value:.4g}" for name, value in figures.items()]
             say(f"step {done}: {', '.join(texts)}")
 
-        yield Watch(step=step, validation=validation, should_stop=lambda: bool(signals))
+        yield Watch(step=step, validation=validation, should_stop=lambda: bool(signals), pace=pace)
 
 
 class _Notes(logging.Handler):

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from ..atomic import atomic_write
+from ..run.stream import is_out_of_memory
 
 logger = logging.getLogger("cviv_vae.training")
 FORMAT = "cviv-vae training 1"
@@ -88,6 +89,15 @@ def is_full(error: BaseException) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     text = str(error)
     return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
+
+
+def why_it_ended(error: Exception) -> str:
+    """What to say of an error that is not of the training itself; nothing for an unknown one."""
+    if is_out_of_memory(error):
+        return "memory ran out (docs/training.md says what to make smaller)"
+    if "DataLoader worker" in str(error):
+        return "a process that decodes clips ended, maybe for want of RAM (fewer data.workers need less)"
+    return ""
 
 
 def _size(state: object) -> int:

@@ -29,7 +29,19 @@ from .iv_image import InflationError, IVImageConfig, Weights, inflate_iv, join_h
 _DROPPED = 3  # directions of an attention's output that `_through_time` cannot pass
 _HEADROOM = 256.0  # how far its constant pair stands above what it passes: the error is 1 / (2 * _HEADROOM)^2
 _PAIR_LIMIT = 2.0**15  # of the pair, for float16
+_MEASURED = 16  # side of the latents that the effect of folding is measured on
 _REMEDY = "Give the VAE of Stable Diffusion 1.x, 2.x or 3 (a file or a diffusers folder), or an image VAE trained here."
+
+
+@dataclass(frozen=True, kw_only=True)
+class BorderEffect:
+    """How far pictures of random latents are off: rms as a share of a picture's deviation.
+
+    whole: over the whole frame; inside: without its outermost 8 pixels.
+    """
+
+    whole: float
+    inside: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +49,14 @@ class CVImageWeights:
     """An image VAE of the Stable Diffusion kind, without quant convolutions.
 
     tensors: in the spelling of Stable Diffusion's single files (`decoder.mid.attn_1.q.weight`), 2-D kernels. config: of
-    the CV-VAE that it becomes. norm_eps: of its group norms. border_bias: size of what folding the convolution before
-    the decoder changed at the border of a latent, 0 where nothing (see `read_image_vae`).
+    the CV-VAE that it becomes. norm_eps: of its group norms. border: what folding the convolution before the decoder
+    changed, None where nothing (see `read_image_vae`).
     """
 
     tensors: dict[str, Tensor]
     config: CVVAEConfig
     norm_eps: float
-    border_bias: float
+    border: BorderEffect | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +73,8 @@ def read_image_vae(source: str | Path | Weights) -> CVImageWeights | IVImageWeig
     Read is what `load` takes for the family image-vae, "demo-image-vae" among it, and an `IVImageVAE`. The 1x1
     convolutions at the latent (`quant_conv`, `post_quant_conv`) are folded into their neighbours, in float64. Only one
     thing is not the same after that: at the border the decoder's first kernel meets zeros outside of the latent, where
-    it met no bias before and now acts as if it had.
+    it met no bias before and now acts as if it had; norms and attention spread that over the frame. No kernel can hold
+    it, so it is measured.
     Raises InflationError where it is something else, or incomplete; CheckpointError where the file cannot be read.
     """
     if isinstance(source, Mapping):
@@ -86,8 +99,9 @@ def read_image_vae(source: str | Path | Weights) -> CVImageWeights | IVImageWeig
             f"{origin} can only {' and '.join(vae.model.halves)}, and both halves are needed. {_REMEDY}"
         )
     state = {name: tensor.float() for name, tensor in official_state(vae.model).items()}
+    is_felt = _fold_quant(state)
     return CVImageWeights(
-        border_bias=_fold_quant(state),
+        border=_border_effect(vae, load(state)) if is_felt else None,
         tensors=state,
         config=CVVAEConfig(
             widths=config.widths,
@@ -108,14 +122,24 @@ def _iv_config(tensors: Weights, origin: str) -> IVImageConfig:
     return IVImageConfig(dim=dim, latent_channels=z, halves=halves)
 
 
-def _fold_quant(tensors: dict[str, Tensor]) -> float:
-    """Fold the 1x1 convolutions at the latent, in place; returns the size of the bias that the border feels."""
+@torch.no_grad()
+def _border_effect(before: VideoVAE, after: VideoVAE) -> BorderEffect:
+    """The difference between what two image VAEs decode from the same random latents."""
+    channels, scale = before.model.config.latent_channels, before.model.config.scale_factor
+    latent = torch.randn(1, channels, 1, _MEASURED, _MEASURED, generator=torch.Generator().manual_seed(0)) / scale
+    one, other = (vae.model.float().decode(latent)[0, :, 0] for vae in (before, after))
+    error, edge = (one - other).square() / one.var(), 8
+    return BorderEffect(whole=float(error.mean().sqrt()), inside=float(error[:, edge:-edge, edge:-edge].mean().sqrt()))
+
+
+def _fold_quant(tensors: dict[str, Tensor]) -> bool:
+    """Fold the 1x1 convolutions at the latent, in place; whether there is a bias that the border feels."""
     if "quant_conv.weight" in tensors:
         outer, bias = tensors.pop("quant_conv.weight").double().flatten(1), tensors.pop("quant_conv.bias").double()
         _change(tensors, "encoder.conv_out.weight", lambda w: torch.einsum("om,mihw->oihw", outer, w))
         _change(tensors, "encoder.conv_out.bias", lambda b: outer @ b + bias)
     if "post_quant_conv.weight" not in tensors:
-        return 0.0
+        return False
     inner, bias = (
         tensors.pop("post_quant_conv.weight").double().flatten(1),
         tensors.pop("post_quant_conv.bias").double(),
@@ -123,7 +147,7 @@ def _fold_quant(tensors: dict[str, Tensor]) -> float:
     felt = torch.einsum("omhw,m->o", tensors["decoder.conv_in.weight"].double(), bias)
     _change(tensors, "decoder.conv_in.bias", lambda b: b + felt)
     _change(tensors, "decoder.conv_in.weight", lambda w: torch.einsum("omhw,mi->oihw", w, inner))
-    return float(felt.abs().max())
+    return bool(felt.abs().max() > 0)
 
 
 def _change(tensors: dict[str, Tensor], name: str, change: Callable[[Tensor], Tensor]) -> None:
@@ -168,10 +192,12 @@ def inflate(sources: Sequence[str | Path | Weights], family: str | None = None) 
 
 def _inflated_cv(image: CVImageWeights, *, sd3: bool) -> Inflated:
     notes: list[str] = []
-    if image.border_bias:
+    if image.border is not None:
         notes.append(
-            f"The image VAE has a convolution before its decoder whose bias is now felt at the border too (up to "
-            f"{image.border_bias:.3g} in the first layer): the outermost 8 pixels differ at first."
+            "The image VAE has a convolution before its decoder whose bias is now felt at the border too, and norms "
+            f"and attention spread that: at first a picture of {8 * _MEASURED} x {8 * _MEASURED} differs by "
+            f"{100 * image.border.whole:.2g}% of its deviation (rms; {100 * image.border.inside:.2g}% without the "
+            "outermost 8 pixels). Training takes it away."
         )
     if sd3:
         notes.append(

@@ -6,20 +6,25 @@ import importlib.util
 import json
 import logging
 import os
+import platform
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .. import __version__
 from ..atomic import atomic_write
 from ..media.video import to_uint8
 from .checkpoint import is_full
 
 MOST_COLUMNS = 6
+LABEL = 14  # pixels of a row's name
 logger = logging.getLogger("cviv_vae.training")
 
 
@@ -27,13 +32,51 @@ logger = logging.getLogger("cviv_vae.training")
 class Watch:
     """What the caller is told, and asked, between steps.
 
-    step: (steps done, steps in all, figures of the step). validation: (steps done, figures).
-    should_stop: asked after each step; when it says yes, a checkpoint is written and the run ends.
+    step: (steps done, steps in all, figures of the step). validation: (steps done, figures). pace: (steps done, figures
+    of `Pace`), as often as the log is written. should_stop: asked after each step; when it says yes, a checkpoint is
+    written and the run ends.
     """
 
     step: Callable[[int, int, Mapping[str, float]], None]
     validation: Callable[[int, Mapping[str, float]], None]
     should_stop: Callable[[], bool]
+    pace: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None
+
+
+class Pace:
+    """How fast a run is since the last time that it was asked."""
+
+    def __init__(self) -> None:
+        self._begun, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def waited(self, seconds: float) -> None:
+        """So long was waited for a batch."""
+        self._waited += seconds
+
+    def stepped(self) -> None:
+        """A step is done."""
+        self._steps += 1
+
+    def figures(self, left: int) -> dict[str, float]:
+        """steps_per_second; data_wait, a share of the time; seconds_left for so many steps; memory_gib at its peak, of
+        the GPU where one is used, else of this process. Then it begins anew.
+        """
+        spent = max(time.perf_counter() - self._begun, 1e-9)
+        rate = self._steps / spent
+        figures = {"steps_per_second": rate, "data_wait": self._waited / spent, "memory_gib": _peak_gib()}
+        self._begun, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        return figures | ({"seconds_left": left / rate} if rate else {})
+
+
+def _peak_gib() -> float:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Means:
@@ -91,7 +134,7 @@ class Journal:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, step: int, figures: Mapping[str, float], group: str = "training") -> None:
-        """One entry: figures by name, in a group ("training" or "validation"). A full disk holds it back."""
+        """One entry: figures by name, in a group ("training", "validation" or "running"). A full disk holds it back."""
         self._held.append(json.dumps({"step": step, "group": group, **figures}) + "\n")
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -106,6 +149,14 @@ class Journal:
         if self._events is not None:
             for name, value in figures.items():
                 self._events.add_scalar(f"{group}/{name}", value, step)
+
+    def describe(self, config: Mapping[str, Any], device: torch.device) -> None:
+        """run.json: the config as it is used, and what runs it; the newest start of a run counts."""
+        versions = {"cviv-vae": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        text = {"config": config, "versions": versions, "device": f"{device} ({name})", "system": platform.platform()}
+        with atomic_write(self.folder / "run.json") as part:
+            part.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
     def show(self, step: int, grid: Tensor) -> Path:
         """Keep a picture (3, h, w) in [-1, 1] as samples/step_N.png."""
@@ -134,8 +185,8 @@ def has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log.jsonl; a last line that was cut off is left out."""
+def read_log(path: Path, *groups: str) -> list[dict[str, Any]]:
+    """The entries of a log.jsonl, of some groups or of all; a last line that was cut off is left out."""
     if not path.is_file():
         return []
     lines: list[dict[str, Any]] = []
@@ -144,17 +195,27 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return lines
+    return [line for line in lines if not groups or line["group"] in groups]
 
 
-def sample_grid(rows: Sequence[Tensor]) -> Tensor:
-    """Clips (3, t, h, w) of one height and width, each a row of up to six of its frames; (3, rows * h, columns * w).
+def sample_grid(rows: Sequence[tuple[str, Tensor]]) -> Tensor:
+    """Clips (3, t, h, w) of one height and width with what to call them, each a row of up to six of its frames under
+    its name; (3, rows * (LABEL + h), columns * w).
 
     A clip of fewer frames than the first, such as what an image VAE decodes, is spread under it.
     """
-    columns = min(MOST_COLUMNS, rows[0].shape[1])
+    columns = min(MOST_COLUMNS, rows[0][1].shape[1])
     lines: list[Tensor] = []
-    for clip in rows:
+    for name, clip in rows:
         picked = torch.linspace(0, clip.shape[1] - 1, columns).round().long()
-        lines.append(torch.cat(list(clip.cpu().float().clamp(-1, 1)[:, picked].unbind(1)), dim=-1))
+        line = torch.cat(list(clip.cpu().float().clamp(-1, 1)[:, picked].unbind(1)), dim=-1)
+        lines += [_label(name, line.shape[-1]), line]
     return torch.cat(lines, dim=-2)
+
+
+def _label(text: str, width: int) -> Tensor:
+    """A strip (3, LABEL, width) with a line of text."""
+    strip = Image.new("RGB", (width, LABEL), (255, 255, 255))
+    ImageDraw.Draw(strip).text((2, 1), text, fill=(0, 0, 0))
+    pixels = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8).view(LABEL, width, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1

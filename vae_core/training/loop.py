@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..run.stream import is_out_of_memory
 from . import processes
-from .checkpoint import Checkpoints, TrainingError, is_full, read_checkpoint
+from .checkpoint import Checkpoints, TrainingError, is_full, read_checkpoint, why_it_ended
 from .clips import Batch, BatchSource
 from .coders import Coder
 from .config import TrainConfig
 from .data import TrainingDataError
 from .draws import Draws, draw
-from .journal import Journal, Means, Watch
+from .journal import Journal, Means, Pace, Watch
 from .losses import discriminator_hinge, find_lpips
 from .networks import Networks
 from .objective import Objective, Trained, check_channels, full
@@ -54,11 +53,10 @@ class Trainer:
         self.objective = self._make_objective()
         self.batches = open_batches(config, processes.rank(), processes.world()) if batches is None else batches
         self.clips = self._validation_clips()
-        self._means = Means()
+        self._means, self._pace = Means(), Pace()
         self._position = self.batches.state_dict()  # of the batches, before the step that is being made
-        self._broken_in_row, self._went_back_to = 0, -1
+        self._broken_in_row, self._went_back_to, self._unsaved = 0, -1, False
         self._changing = False  # whether weights are half of one step and half of the next
-        self._unsaved = False
         self._step_trained = self._shared(self.networks.trained, unused=config.model.family == "iv-vae")
         self._step_discriminator = self._shared(self.networks.discriminator, unused=False)
 
@@ -79,6 +77,8 @@ class Trainer:
         names the last good checkpoint.
         """
         journal = Journal(self.config.out, self.step) if processes.rank() == 0 else None
+        if journal is not None:
+            journal.describe(as_table(self.config), self.device)
         try:
             if not self._steps(journal, watch):
                 return False
@@ -99,11 +99,14 @@ class Trainer:
             if figures is None:
                 continue
             self._means.add(figures)
+            self._pace.stepped()
             watch.step(self.step, run.steps, self._means.last)
             if self.step % run.log_every == 0 or self.step == run.steps:
-                means = self._means.take()
+                means, pace = self._means.take(), self._pace.figures(run.steps - self.step)
                 if journal is not None:
                     journal.write(self.step, means)
+                    journal.write(self.step, pace, "running")
+                watch.pace(self.step, pace)
             self._validate(journal, watch)
             stop = processes.any_of(watch.should_stop(), self.device)
             due = self.step % run.save_every == 0 or (self._unsaved and self.step % RETRY == 0)
@@ -222,7 +225,9 @@ class Trainer:
         count = self.config.run.accumulation
         sums: dict[str, Tensor] = {}
         for i in range(count):
+            begun = time.perf_counter()
             batch = next(batches)
+            self._pace.waited(time.perf_counter() - begun)
             video = batch.video.to(self.device, non_blocking=True)
             first = processes.rank() * video.shape[0]
             draws = draw(
@@ -277,12 +282,7 @@ class Trainer:
 
     def _emergency(self, error: Exception) -> Exception:
         """Keep what was done before the step that failed; the error to raise."""
-        if is_out_of_memory(error):
-            why = "memory ran out (docs/training.md says what to make smaller)"
-        elif "DataLoader worker" in str(error):
-            why = "a process that decodes clips ended, maybe for want of RAM (fewer data.workers need less)"
-        else:
-            why = ""
+        why = why_it_ended(error)
         kept = False
         if processes.rank() == 0 and not self._changing and self.step > 0 and self.networks.are_finite():
             self.networks.optimizers.clear()

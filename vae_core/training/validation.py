@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..door.loading import DEMO_FOLDER
+from ..families import VIDEO
 from ..metrics import LPIPS, frame_quality
 from .clips import BatchKind, ClipBatches
 from .coders import Coder
@@ -62,24 +63,30 @@ def validate(
     """Reconstruct each clip through the posterior mean, in the coder's precision.
 
     Figures: psnr (dB) and ssim, means over all frames; kl, summed over the latents of a clip; lpips where the network
-    is given; latent_mean and latent_deviation; with the frozen image VAE also compatible_psnr: what it decodes from the
+    is given; psnr_worst, of the worst clip; phase_spread, how far the four places in a group of frames lie apart in dB;
+    latent_mean and latent_deviation; with the frozen image VAE also compatible_psnr: what it decodes from the
     latents, frame by frame, against the last frame of each group of four.
     """
     found: dict[str, list[Tensor]] = {}
     latents: list[Tensor] = []
-    rows: list[Tensor] = []
-    for clip in clips:
+    phases: list[Tensor] = []  # PSNR of the four frames of each group
+    worst = math.inf
+    rows: list[tuple[str, Tensor]] = []
+    for number, clip in enumerate(clips, start=1):
         mean, logvar = coder.moments(clip.to(device))
         decoded = coder.decode(mean)[0].cpu()
-        shown = [clip[0], decoded[0]]
         psnr, ssim = frame_quality(decoded, clip)
+        shown = [(f"clip {number}", clip[0]), (f"decoded, {float(psnr.mean()):.1f} dB", decoded[0])]
         figures = {"psnr": psnr, "ssim": ssim, "kl": kl_divergence(mean, logvar)[None].cpu()}
         if lpips is not None:
             figures["lpips"] = lpips.frames(decoded, clip)
         if image_vae is not None:
             frames = decoded_frames(image_vae, mean).cpu()
             figures["compatible_psnr"] = frame_quality(frames, map_frames(clip, "slice"))[0]
-            shown.append(frames[0])
+            shown.append((f"by the image VAE, {float(figures['compatible_psnr'].mean()):.1f} dB", frames[0]))
+        worst = min(worst, float(psnr.mean()))
+        if len(psnr) > 1:
+            phases.append(psnr[1:].unflatten(0, (-1, VIDEO.time)))
         for name, values in figures.items():
             found.setdefault(name, []).append(values)
         latents.append(mean.cpu().flatten())
@@ -87,6 +94,10 @@ def validate(
             rows += shown
     values = {name: float(torch.cat(parts).mean()) for name, parts in found.items()}
     flat = torch.cat(latents)
+    values["psnr_worst"] = worst
+    if phases:
+        of_places = torch.cat(phases).mean(0)
+        values["phase_spread"] = float(of_places.max() - of_places.min())
     values |= {"latent_mean": float(flat.mean()), "latent_deviation": float(flat.std())}
     return Validation(
         figures={name: value for name, value in values.items() if math.isfinite(value)}, grid=sample_grid(rows)
