@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vae_core.door.loading import official_state, save
+from vae_core.errors import CheckpointError
 from vae_core.metrics import LPIPS
 from vae_core.training.coders import FrameByFrame, VideoCoder, read_image_model
-from vae_core.training.config import LossConfig, OptimizerConfig, RegularizationConfig
+from vae_core.training.config import DiscriminatorConfig, LossConfig, OptimizerConfig, RegularizationConfig
 from vae_core.training.discriminator import PatchDiscriminator, halve
 from vae_core.training.draws import draw
 from vae_core.training.inflation import inflate
@@ -30,12 +33,14 @@ from vae_core.training.losses import (
     lpips_frames,
     pixel_distance,
 )
+from vae_core.training.networks import Networks
 from vae_core.training.objective import Objective, Trained, check_channels
 from vae_core.training.regularization import MAPPINGS, decoded_frames, encoded_frames, map_frames
 from vae_core.training.schedule import Optimizers, moving_average, moving_share, rate_factor
 from vae_core.training.sources import frozen_image_vae
 
 from .image_vae_2d import our_image_vae
+from .small_training import small_config
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +199,62 @@ def test_the_discriminator_scores_patches(frames: int) -> None:
     assert scores.shape == (2, 1, {1: 1, 5: 1, 17: 3}[frames], 4, 6)
     with pytest.raises(ValueError, match=r"discriminator.width is 48; needed is a multiple of 32"):
         PatchDiscriminator(48)
+
+
+def test_the_discriminator_is_the_published_one(tmp_path: Path) -> None:
+    """Names, sizes and order of the published training code, written out; its weights load."""
+    torch.manual_seed(4)
+    model, other = PatchDiscriminator(32), PatchDiscriminator(32)
+    state = model.state_dict()
+    widths = {"main.2": (32, 64), "main.5": (64, 128), "main.8": (128, 256), "main.11": (256, 256)}
+    for block, (width_in, width) in widths.items():
+        assert state[f"{block}.conv1.weight"].shape == (width, width_in, 3, 3, 3)
+        assert (f"{block}.nin_shortcut.weight" in state) == (width_in != width)
+    assert state["main.14.weight"].shape == (1, 256, 3, 3, 3)
+    assert float(state["main.8.conv2.weight"].std()) == pytest.approx(0.02, rel=0.02)
+    extra = {
+        "loss.discriminator.main.2.temb_proj.weight": torch.zeros(64, 512),
+        "encoder.conv_in.weight": torch.ones(2),
+    }
+    torch.save({"state_dict": {f"loss.discriminator.{k}": v for k, v in state.items()} | extra}, tmp_path / "a.ckpt")
+    other.load_official(tmp_path / "a.ckpt")
+    video = torch.randn(1, 3, 5, 32, 32)
+
+    def written_out(x: Tensor) -> Tensor:
+        def norm(x: Tensor, name: str) -> Tensor:
+            return F.group_norm(x, 32, state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+        def conv(x: Tensor, name: str, **options: int) -> Tensor:
+            return F.conv3d(x, state[f"{name}.weight"], state[f"{name}.bias"], **options)
+
+        def half(x: Tensor) -> Tensor:
+            x = torch.cat((x[:, :, :1], x), dim=2) if x.shape[2] % 2 else x
+            return F.avg_pool3d(x, 2)
+
+        x = F.leaky_relu(conv(x, "main.0", stride=2, padding=1), 0.2)
+        for number, name in enumerate(widths):
+            y = conv(F.silu(norm(x, f"{name}.norm1")), f"{name}.conv1", padding=1)
+            x, y = (half(x), half(y)) if number < 2 else (x, y)
+            y = conv(F.silu(norm(y, f"{name}.norm2")), f"{name}.conv2", padding=1)
+            x = (conv(x, f"{name}.nin_shortcut") if f"{name}.nin_shortcut.weight" in state else x) + y
+            x = F.leaky_relu(norm(x, f"main.{int(name[5:]) + 1}"), 0.2)
+        return conv(x, "main.14", padding=1)
+
+    with torch.no_grad():
+        assert torch.allclose(other(video), written_out(video), atol=1e-5)
+    with pytest.raises(CheckpointError, match=r"of width 64, and the file holds one of width 32"):
+        PatchDiscriminator(64).load_official(tmp_path / "a.ckpt")
+
+
+def test_the_discriminator_has_a_rate_of_its_own(tmp_path: Path) -> None:
+    config = small_config(tmp_path, discriminator=DiscriminatorConfig(width=32, learning_rate=2e-5))
+    own = Networks(config, torch.device("cpu")).discriminator_optimizers
+    assert own is not None
+    assert [own.step(step, 6)[1] for step in range(6)] == [2e-5] * 6
+    falling = replace(config, discriminator=DiscriminatorConfig(width=32, learning_rate=2e-5, schedule="cosine"))
+    own = Networks(falling, torch.device("cpu")).discriminator_optimizers
+    assert own is not None
+    assert [own.step(step, 6)[1] for step in (0, 1, 5)] == pytest.approx([1e-5, 2e-5, 2e-5 * 0.14645], rel=1e-3)
 
 
 def test_an_odd_number_of_frames_repeats_the_first() -> None:

@@ -149,12 +149,18 @@ class RegularizationConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DiscriminatorConfig:
-    """The adversarial loss. Published: weight 0.5, width 64. Before step `start` there is none."""
+    """The adversarial loss. Published: from the start, weight 0.5, width 64, a constant rate of 2e-5 without warm-up.
+
+    Before step `start` there is none. learning_rate: None takes that of [optimizer]. schedule: "cosine" warms up and
+    falls as the generator's does. weights: a checkpoint of the published training code to take the discriminator of.
+    """
 
     start: NotNegative = 0
     weight: Positive = 0.5
     width: Annotated[int, Field(ge=32, multiple_of=32)] = 64
     learning_rate: Positive | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    weights: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .coders import Coder, make_coder
-from .config import TrainConfig
+from .config import DiscriminatorConfig, TrainConfig
 from .discriminator import PatchDiscriminator
 from .objective import Trained
 from .schedule import Optimizers, moving_average
@@ -38,11 +39,19 @@ class Networks:
         self.discriminator: PatchDiscriminator | None = None
         self.discriminator_optimizers: Optimizers | None = None
         if config.discriminator is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed + 1)
-                self.discriminator = PatchDiscriminator(config.discriminator.width).to(device)
-            rate = config.discriminator.learning_rate
-            self.discriminator_optimizers = Optimizers(self.discriminator, config.optimizer, learning_rate=rate)
+            self._make_discriminator(config, config.discriminator, device)
+
+    def _make_discriminator(self, config: TrainConfig, own: DiscriminatorConfig, device: torch.device) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed + 1)
+            self.discriminator = PatchDiscriminator(own.width)
+        if own.weights is not None:
+            self.discriminator.load_official(own.weights)
+        self.discriminator.to(device)
+        optimizer = config.optimizer
+        if own.schedule == "constant":
+            optimizer = replace(optimizer, warm_up=0, least=1.0)
+        self.discriminator_optimizers = Optimizers(self.discriminator, optimizer, learning_rate=own.learning_rate)
 
     @property
     def best_coder(self) -> Coder:
