@@ -85,6 +85,13 @@ PixFmt = Annotated[
 Video = Annotated[Path, typer.Argument(help="A video or an image file.", show_default=False)]
 
 
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep finished frames beside the result until it is complete, and go on after those of an earlier run.",
+    ),
+]
 Budget = Annotated[
     float | None,
     typer.Option(
