@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -250,6 +249,18 @@ def test_the_command_says_what_it_did(videos: Path, weights: str, tmp_path: Path
         assert message in result.stderr
 
 
+def test_the_command_keeps_within_a_budget(videos: Path, weights: str, tmp_path: Path) -> None:
+    clip = videos / "clip0.mp4"
+    result = _command(clip, "-o", tmp_path / "none", "-w", weights, "--budget", 0.001)
+    assert result.exit_code == 3
+    assert "smallest budget in which it can be done exactly is" in result.stderr
+    for name, words in (("whole", ()), ("tiles", ("--tile", 1))):
+        assert _command(clip, "-o", tmp_path / name, "-w", weights, *words).exit_code == 0
+    (_, whole), (_, tiled) = (next(read_latents(tmp_path / name)) for name in ("whole", "tiles"))
+    torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=0)
+    assert _command(clip, "-o", tmp_path / "whole", "-w", weights, "--tiling", "blended").exit_code == 2
+
+
 # ---------------------------------------------------------------------------------------------------- processes
 
 
@@ -377,14 +388,3 @@ def test_without_ray_the_way_to_get_it_is_said(
     result = _command(videos, "-o", tmp_path / "out", "-w", weights, "--ray", "local")
     assert result.exit_code == 2
     assert 'pip install -e ".[distributed]"' in result.stderr
-
-
-def test_a_tar_of_latents_is_read_without_this_package(videos: Path, weights: str, tmp_path: Path) -> None:
-    import tarfile
-
-    EncodeJob([videos / "clip1.mp4"], tmp_path / "out", _settings(weights, form="webdataset")).run("cpu")
-    with tarfile.open(tmp_path / "out" / "shard-00000.tar") as shard:
-        assert shard.getnames() == ["00000000.safetensors", "00000000.json"]
-        latent = safetensors.torch.load(shard.extractfile("00000000.safetensors").read())["latent"]
-        assert latent.shape == (4, 2, 4, 6)
-        assert json.load(shard.extractfile("00000000.json"))["frames"] == 4

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
@@ -238,3 +241,12 @@ def test_a_cluster_that_is_not_there_is_said_soon() -> None:
             _check_address(address)
     assert time.monotonic() - start < 30
     _check_address("auto")
+
+
+def test_a_tar_of_latents_is_read_without_this_package(videos: Path, weights: str, tmp_path: Path) -> None:
+    EncodeJob([videos / "clip1.mp4"], tmp_path / "out", EncodeSettings(weights=weights, form="webdataset")).run("cpu")
+    with tarfile.open(tmp_path / "out" / "shard-00000.tar") as shard:
+        assert shard.getnames() == ["00000000.safetensors", "00000000.json"]
+        latent = safetensors.torch.load(shard.extractfile("00000000.safetensors").read())["latent"]
+        assert latent.shape == (4, 2, 4, 6)
+        assert json.load(shard.extractfile("00000000.json"))["frames"] == 4

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from ..door.loading import load
 from ..training.clip_decoding import forget
 from ..training.clip_files import ClipFile, list_clips
 from .encoding import UNEXPECTED, EncodeSettings, encode_row
@@ -126,7 +125,7 @@ class EncodeJob:
         with self.lock():
             try:
                 if self.pending():
-                    vae = load(self.settings.weights, device=device, dtype=self.settings.dtype)
+                    vae = self.settings.load(device)
                     for row in self.pending():
                         encode_row(vae, row.file, row.key, self.part(row), self.settings)
                         self.finished(row.id, progress)

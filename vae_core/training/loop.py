@@ -26,7 +26,7 @@ from .networks import Networks
 from .objective import Objective, Trained, check_channels, full
 from .sources import frozen_image_vae, open_batches
 from .tables import as_table, changes
-from .validation import Validation, gives_numbers, validate, validation_clips
+from .validation import gives_numbers, validate, validation_clips
 
 FINAL, BEST = "final.safetensors", "best.safetensors"
 RETRY = 20  # steps after which a checkpoint is tried again that the disk had no room for
@@ -35,7 +35,7 @@ logger = logging.getLogger("cviv_vae.training")
 
 
 class Trainer:
-    """A stage in training. All that changes is in `networks`, and `step`.
+    """A stage in training; all that changes is in `networks` and `step`.
 
     Everything drawn at random follows from the config's seed and the number of the batch, so a run that is stopped and
     resumed is, on the CPU, bit for bit the run that was not.
@@ -371,9 +371,7 @@ class Trainer:
         if validation is None or not due:
             return
         if journal is not None:
-            result: Validation = validate(
-                self.best_coder, self.clips, self.device, self.objective.image_vae, self.objective.lpips
-            )
+            result = validate(self.best_coder, self.clips, self.device, self.objective.image_vae, self.objective.lpips)
             journal.write(self.step, result.figures, "validation")
             journal.show(self.step, result.grid)
             watch.validation(self.step, result.figures)
