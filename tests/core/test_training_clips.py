@@ -281,11 +281,11 @@ def test_sources_without_anything_usable_are_refused(folder: Path, tmp_path: Pat
         ({"frames": 4}, "has 1 \\+ 4N frames"),
         ({"kind": "image", "frames": 5}, "got frames = 5 for kind image"),
         ({"size": (20, 16)}, "multiples of 8; got size \\(20, 16\\)"),
-        ({"batch": 0}, "1 clip or more"),
-        ({"weight": 0.0}, "a weight above 0"),
+        ({"batch": 0}, "greater than or equal to 1"),
+        ({"weight": 0.0}, "greater than 0"),
         ({"stride": (2, 1)}, "from a smallest"),
         ({"short_side": 8}, "short side of 8 does not hold crops of 16x16"),
-        ({"kind": "film"}, "image or video, got 'film'"),
+        ({"kind": "film"}, "should be 'image' or 'video'"),
     ],
 )
 def test_wrong_kinds_are_refused(wrong: dict, message: str) -> None:

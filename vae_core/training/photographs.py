@@ -10,8 +10,8 @@ r"""Pictures to train demo weights on, gathered from packages into one folder.
         --wallpapers wallpapers --templates comfyui_workflow_templates_media_image-*.whl --templates ...
 
 The photographs are CC0 or in the public domain, the pictures of the templates under the MIT license, as their
-packages say. Of the demo weights only the IV-VAE's were trained on those of the templates too; `vae_core/demo/README.md`
-lists what they were trained on.
+packages say. Of the demo weights only the IV-VAE's were trained on those of the templates too;
+`vae_core/demo/README.md` lists what they were trained on.
 """
 
 from __future__ import annotations
