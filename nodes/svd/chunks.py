@@ -16,7 +16,7 @@ from .anchor import Anchor, Reader
 from .drift import chunk_change, moved
 from .fingerprint import fingerprint, model_fingerprint
 from .job import START, Job, LongSettings, Run, entry_of, has_image
-from .motion import bucket_for, motion_of
+from .motion import motion_of, told_for
 from .progress import Told, report_step
 from .store import Chunk, ChunkStore, StoreSettings
 from .windows import Span, carry_mask
@@ -193,7 +193,8 @@ class Chunks:
         entry = entry_of(entry, latents, range(span.start, span.stop))
         if self.settings.steady and "motion_bucket_id" in entry:
             motions = [*self.before, *(chunk.motion for chunk in self.made)]
-            entry["motion_bucket_id"] = bucket_for(entry["motion_bucket_id"], motions)
+            bucket, rate = entry["motion_bucket_id"], entry.get("fps", 6)  # 6 is ComfyUI's own
+            entry["motion_bucket_id"], entry["fps"] = told_for(bucket, rate, motions)
         if not isinstance(image, Tensor):
             return entry
         if (span.known or span.start) and has_image(image) and anchor.moves:

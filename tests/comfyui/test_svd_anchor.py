@@ -104,17 +104,20 @@ def test_a_picture_needs_its_models(comfy: Comfy, readers: dict[str, Any]) -> No
 # --------------------------------------------------------------------------------------------------------------- motion
 
 
-def test_motion_is_kept_up(comfy: Comfy) -> None:
-    """A network that slows down from chunk to chunk, and moves as much as its motion bucket says."""
+@pytest.mark.parametrize("slowing", [0.85, 0.6])
+def test_motion_is_kept_up(comfy: Comfy, slowing: float) -> None:
+    """A network that slows down from chunk to chunk, and moves as its motion bucket and rate say."""
     pattern = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     embed = comfy.module("comfy.model_base").Timestep(256)
-    buckets = torch.cat([embed(torch.tensor([float(bucket)])) for bucket in range(1, 256)])
-    told: list[int] = []
+    numbers = torch.cat([embed(torch.tensor([float(number)])) for number in range(256)])
+    told: list[tuple[int, int]] = []
 
     def moving(call: Call) -> Tensor:
-        bucket = 1 + int((buckets - call.told[256:512]).square().sum(1).argmin())
-        told.append(bucket)
-        speed = bucket / 127 * 0.85 ** (call.start // 6)
+        less_one, bucket = (
+            int((numbers - call.told[start : start + 256]).square().sum(1).argmin()) for start in (0, 256)
+        )
+        told.append((bucket, less_one + 1))
+        speed = bucket / 127 * 6 / (less_one + 1) * slowing ** (call.start // 6)
         where = call.start + torch.arange(call.frames)
         return (pattern[:1] + speed * 0.1 * pattern[where]) * SCALE
 
@@ -128,12 +131,18 @@ def test_motion_is_kept_up(comfy: Comfy) -> None:
         return [float(part.mean()) for part in (change[:7], change[9:13], change[15:19], change[21:25], change[27:31])]
 
     falling = speeds(False)
-    assert told == [127] * 5
+    assert told == [(127, 6)] * 5
     assert falling[-1] < 0.6 * falling[0]
     kept = speeds(True)
-    assert told[0] == 127
-    assert told == sorted(told)
-    assert kept[-1] > 0.8 * kept[0]
+    assert told[0] == (127, 6)
+    buckets, rates = ([one[which] for one in told] for which in (0, 1))
+    assert buckets == sorted(buckets)
+    if slowing == 0.85:  # the bucket is enough
+        assert rates == [6] * 5
+        assert kept[-1] > 0.8 * kept[0]
+    else:
+        assert told[-1] == (255, 5)  # all that SVD knows
+        assert kept[-1] > 2 * falling[-1]
 
 
 def test_motion_of_latents(comfy: Comfy) -> None:
@@ -142,11 +151,25 @@ def test_motion_of_latents(comfy: Comfy) -> None:
     assert motion.motion_of(still) == 0
     assert motion.motion_of(still + torch.arange(6.0).reshape(-1, 1, 1, 1)) == pytest.approx(0, abs=1e-6)  # brighter
     assert motion.motion_of(torch.randn(6, 4, 8, 8)) == pytest.approx(2**0.5, rel=0.1)
-    assert motion.bucket_for(127, [1.0]) == 127
-    assert motion.bucket_for(100, [1.0, 0.8]) == 125
-    assert motion.bucket_for(200, [1.0, 0.1, 0.1]) == 255
-    assert motion.bucket_for(300, [1.0, 1.0]) == 300
-    assert motion.bucket_for(127, [0.0, 1.0]) == 127
+
+
+@pytest.mark.parametrize(
+    ("bucket", "rate", "motions", "wanted"),
+    [
+        (127, 6, [1.0], (127, 6)),
+        (100, 6, [1.0, 0.8], (125, 6)),
+        (200, 12, [1.0, 0.8, 0.9], (255, 11)),  # the bucket is at its end: the rate goes on
+        (200, 12, [1.0, 0.1, 0.1, 0.1], (255, 5)),
+        (200, 12, [1.0, 0.1, 0.1, 0.1, 2.0], (255, 10)),  # and comes back first
+        (2, 12, [1.0, 2.0, 2.0, 2.0, 2.0], (1, 30)),
+        (300, 4, [1.0, 1.0], (300, 4)),  # what the user told is kept
+        (127, 6, [0.0, 1.0], (127, 6)),
+    ],
+)
+def test_what_the_next_chunk_is_told(
+    comfy: Comfy, bucket: int, rate: int, motions: list[float], wanted: tuple[int, int]
+) -> None:
+    assert comfy.pack("nodes.svd.motion").told_for(bucket, rate, motions) == wanted
 
 
 # -------------------------------------------------------------------------------------------------------------- hints
