@@ -232,6 +232,57 @@ def test_hints_that_fit_nothing(comfy: Comfy) -> None:
         ksampler(comfy, long_model(comfy, model, LATENTS), conds, empty(LATENTS), steps=1)
 
 
+def small_controlnet(comfy: Comfy) -> Any:
+    """A CONTROL_NET of ComfyUI that fits the small SVD, with random weights."""
+    management = comfy.module("comfy.model_management")
+    network = comfy.module("comfy.cldm.cldm").ControlNet(
+        image_size=32, in_channels=4, model_channels=32, hint_channels=3, num_res_blocks=[1, 1], channel_mult=[1, 2],
+        transformer_depth=[0, 0], transformer_depth_middle=-1, use_spatial_transformer=True, context_dim=1024,
+        num_head_channels=32, legacy=False, adm_in_channels=768, num_classes="sequential",
+        operations=comfy.module("comfy.ops").disable_weight_init,
+    ).requires_grad_(False)  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return comfy.module("comfy.controlnet").ControlNet(network, load_device=management.get_torch_device())
+
+
+@pytest.mark.parametrize("mode", ["windows", "continuation"])
+@pytest.mark.parametrize("frames", [16, 61])
+def test_a_real_controlnet(comfy: Comfy, mode: str, frames: int) -> None:
+    """Two windows without overlap, or two chunks: each as ComfyUI samples it by itself with its own hints."""
+    model, conds = small_svd(comfy), conditions(random_images())
+    hints = torch.rand(frames, 1, 1, 3, generator=torch.Generator().manual_seed(5)).repeat(1, 64, 64, 1)
+    control = small_controlnet(comfy)
+    widgets = {"control_net": control, "strength": 10.0, "start_percent": 0.0, "end_percent": 1.0}
+
+    def with_hints(chosen: Tensor) -> tuple[Any, Any]:
+        return comfy.call("ControlNetApplyAdvanced", positive=conds[0], negative=conds[1], image=chosen, **widgets)
+
+    carry = 1 if mode == "continuation" else 0
+    latents = 16 - carry
+    each = hints[:latents] if frames == 16 else hints[: 4 * latents - 3]
+    patched = long_model(comfy, model, latents, mode=mode, overlap=0, carry=1)
+    result = ksampler(comfy, patched, with_hints(each), empty(latents, 8), steps=2)
+    sample = comfy.module("comfy.sample")
+    noise = sample.prepare_noise(torch.zeros(latents, 4, 8, 8), 42)
+    for number, start in enumerate((0, 8 - carry)):
+        own = each[:: 1 if frames == 16 else 4][start : start + 8]
+        latent, mask = torch.zeros(8, 4, 8, 8), torch.ones(8, 1, 8, 8)
+        if number and carry:
+            latent[:1], mask[:1] = result[start : start + 1], 0
+        with torch.inference_mode():
+            wanted = sample.sample(
+                model, noise[start : start + 8], 2, 2.5, "euler", "karras", *with_hints(own), latent,
+                noise_mask=mask if number and carry else None, seed=42,
+            )  # fmt: skip
+        assert (result[start : start + 8] - wanted).abs().max() < 2e-5 * wanted.abs().max()
+        if not number:
+            other = ksampler(comfy, model, with_hints(own.flip(0)), empty(8, 8), steps=2)
+            assert (other - wanted).abs().max() > 1e-3 * wanted.abs().max()
+
+
 # -------------------------------------------------------------------------------------------------------------- rounds
 
 
