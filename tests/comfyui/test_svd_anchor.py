@@ -264,7 +264,13 @@ def test_a_real_controlnet(comfy: Comfy, mode: str, frames: int) -> None:
     latents = 16 - carry
     each = hints[:latents] if frames == 16 else hints[: 4 * latents - 3]
     patched = long_model(comfy, model, latents, mode=mode, overlap=0, carry=1)
+    batches: list[int] = []
+    watch = control.control_model.register_forward_pre_hook(
+        lambda _, __, inputs: batches.append(inputs["x"].shape[0]), with_kwargs=True
+    )
     result = ksampler(comfy, patched, with_hints(each), empty(latents, 8), steps=2)
+    watch.remove()
+    assert batches == [16] * 4  # positive and negative together
     sample = comfy.module("comfy.sample")
     noise = sample.prepare_noise(torch.zeros(latents, 4, 8, 8), 42)
     for number, start in enumerate((0, 8 - carry)):
