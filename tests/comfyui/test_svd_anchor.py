@@ -70,11 +70,15 @@ def test_by_way_of_a_picture(comfy: Comfy, readers: dict[str, Any], monkeypatch:
         **{**LONG, "mode": "continuation", "anchor": "re-encoded"}, **readers,
     )  # fmt: skip
     with monkeypatch.context() as patches:
-        patches.setattr(vae, "decode", counted("decode", vae.decode))
-        patches.setattr(vae, "encode", counted("encode", vae.encode))
-        patches.setattr(clip, "encode_image", counted("see", clip.encode_image))
+        for kind, name, told in ((vae, "decode", "decode"), (vae, "encode", "encode"), (clip, "encode_image", "see")):
+            patches.setattr(type(kind), name, counted(told, getattr(type(kind), name)))
         result = ksampler(comfy, patched, conditions(indices(1)), empty(LATENTS), steps=2)
-    assert calls == ["decode", "encode", "see"] * 2  # once for each later chunk
+        assert calls == ["decode", "encode", "see"] * 2  # once for each later chunk
+        made = len(network.calls)
+        again = ksampler(comfy, patched, conditions(indices(1)), empty(LATENTS), steps=2)
+        assert torch.equal(again, result)
+        assert len(calls) == 6  # what was finished is not read anew
+        assert len(network.calls) == made
     for number, (start, _) in enumerate(SPANS):
         call = network.calls[2 * number]
         if not number:
@@ -269,8 +273,13 @@ def test_a_real_controlnet(comfy: Comfy, mode: str, frames: int) -> None:
         lambda _, __, inputs: batches.append(inputs["x"].shape[0]), with_kwargs=True
     )
     result = ksampler(comfy, patched, with_hints(each), empty(latents, 8), steps=2)
-    watch.remove()
     assert batches == [16] * 4  # positive and negative together
+    if mode == "continuation":  # finished chunks know their hints
+        assert torch.equal(ksampler(comfy, patched, with_hints(each), empty(latents, 8), steps=2), result)
+        assert len(batches) == 4
+        ksampler(comfy, patched, with_hints(each.flip(0)), empty(latents, 8), steps=2)
+        assert len(batches) == 8
+    watch.remove()
     sample = comfy.module("comfy.sample")
     noise = sample.prepare_noise(torch.zeros(latents, 4, 8, 8), 42)
     for number, start in enumerate((0, 8 - carry)):
