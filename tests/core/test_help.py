@@ -19,39 +19,42 @@ ROOT = Path(__file__).parents[2]
 SCHEMAS: dict[str, dict[str, Any]] = json.loads(
     (ROOT / "tests" / "comfyui" / "snapshots" / "schemas.json").read_text(encoding="utf-8")
 )
-LINE = re.compile(r"^- ((?:\*\*[\w ]+\*\*(?:, | and )?)+) \(([^)]*)\)", re.MULTILINE)
+# with the brackets and semicolons of either language
+LINE = re.compile(r"^- ((?:\*\*[^*]+\*\*(?:, | and |、|和)?)+) ?[(（]([^)）]*)[)）]", re.MULTILINE)  # noqa: RUF001
+DEFAULT = re.compile(r"(?:default|默认)为? ?([^；]*)$")  # noqa: RUF001
+SWITCHES = {"en": ("off", "on", "empty"), "zh": ("关", "开", "空")}
 TRAINER = "CVIV_TrainSVDAdapter"
 
 
-def told_defaults(node: str) -> dict[str, str]:
+def told_defaults(node: str, language: str) -> dict[str, str]:
     """The default of each input that the help page of a node gives, as it is written."""
-    page = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
+    folder = ROOT / "web" / "docs"
+    path = folder / f"{node}.md" if language == "en" else folder / node / "zh.md"
     out: dict[str, str] = {}
-    for bold, details in LINE.findall(page.partition("\n## Inputs\n")[2].partition("\n## ")[0]):
-        names = re.findall(r"\*\*([\w ]+)\*\*", bold)
-        _, _, values = details.partition("default ")
-        each = re.split(r", | and ", values) if len(names) > 1 else [values]
+    for bold, details in LINE.findall(path.read_text(encoding="utf-8")):
+        found = DEFAULT.search(details)
+        if found is None:
+            continue
+        names = re.findall(r"`(\w+)`", details) or re.findall(r"\*\*([\w ]+)\*\*", bold)
+        each = re.split(r", | and |、|和", found[1]) if len(names) > 1 else [found[1]]
         out |= dict(zip(names, each if len(each) > 1 else each * len(names), strict=True))
     return out
 
 
-def written(default: object) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return str(default) or "empty"
-
-
+@pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("node", SCHEMAS)
-def test_help_has_the_defaults_of_the_node(node: str) -> None:
-    told = told_defaults(node)
+def test_help_has_the_defaults_of_the_node(node: str, language: str) -> None:
+    told, (off, on, empty) = told_defaults(node, language), SWITCHES[language]
     for one in SCHEMAS[node]["inputs"]:
         if "default" not in one:
             continue
-        name, default = one.get("display_name") or one["id"], one["default"]
-        if isinstance(default, int | float) and not isinstance(default, bool):
+        name, default = one["id"] if language == "zh" else one.get("display_name") or one["id"], one["default"]
+        if isinstance(default, bool):
+            assert told[name] == (on if default else off), name
+        elif isinstance(default, int | float):
             assert float(told[name].split()[0].replace(",", "")) == default, name
         else:
-            assert told[name] == written(default), name
+            assert told[name] == (default or empty), name
 
 
 def test_node_and_command_train_alike() -> None:
