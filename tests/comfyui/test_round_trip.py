@@ -106,7 +106,7 @@ def test_a_part_of_a_video(comfy: Comfy, load_vae: LoadVAE) -> None:
     assert all_of_it.shape[0] == 10
 
 
-@pytest.mark.parametrize(("name", "way"), [(SMALL["cv"], "Exact strips"), (SMALL["iv"], "Exact tiles")])
+@pytest.mark.parametrize(("name", "way"), [(SMALL["cv"], "Exact strips"), (SMALL["iv"], "Exact")])
 def test_what_a_budget_asks_for_is_exact_and_its_borders_are_measured(
     comfy: Comfy, load_vae: LoadVAE, name: str, way: str
 ) -> None:
@@ -126,7 +126,7 @@ def test_what_a_budget_asks_for_is_exact_and_its_borders_are_measured(
     assert 1 <= refused <= 2
     assert way in report
     torch.testing.assert_close(tiled, whole, atol=1e-3, rtol=0)
-    if way == "Exact tiles":  # strips of single steps end at other rows in every step
+    if way == "Exact":  # strips of single steps end at other rows in every step
         assert 0.5 < float(cells(table, "tiles")[0]) < 2  # as anywhere else
 
 
