@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..door.downloads import DownloadError
 from ..door.output import NotFiniteError
-from ..errors import BudgetError, CheckpointError, LatentFileError, VideoError
+from ..errors import AdapterError, BudgetError, CheckpointError, LatentFileError, VideoError
 from ..run.stream import is_out_of_memory
 
 P = ParamSpec("P")
@@ -38,6 +38,17 @@ class Terminated(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+_ANSWERED = (
+    UserError,
+    AdapterError,
+    BudgetError,
+    CheckpointError,
+    LatentFileError,
+    VideoError,
+    NotFiniteError,
+)  # whose text is all that a user needs
 
 
 class _Mode:
@@ -87,7 +98,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _end("Stopped. No unfinished file is left behind.", 130)
         except Terminated as ended:
             _end("Ended from outside. No unfinished file is left behind.", 128 + ended.number)
-        except (UserError, BudgetError, CheckpointError, LatentFileError, VideoError, NotFiniteError) as error:
+        except _ANSWERED as error:
             _end(str(error), 2)
         except DownloadError as error:
             _end(str(error), 1)
