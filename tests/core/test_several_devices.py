@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from vae_core import StripPlan, VideoVAE
+
+from .command_line import clip, fail, read_all, succeed
 
 Make = Callable[..., VideoVAE]
 
@@ -76,3 +79,15 @@ def test_groups_that_depend_on_each_other_are_refused(small_vae: Make) -> None:
         small_vae("iv-vae").on(["cpu", "cpu"])
     with pytest.raises(ValueError, match="0 devices"):
         small_vae("cv-vae").on([])
+
+
+def test_the_command_takes_several(here: Path, weights: dict[str, Path]) -> None:
+    clip(here / "clip.mp4", 40, 32, 48)
+    words = ("reconstruct", "clip.mp4", "-w", weights["cv-vae"])
+    succeed(*words, "-o", "one.mkv", "--crf", "0")
+    succeed(*words, "-o", "two.mkv", "--crf", "0", "--device", "cpu,cpu")
+    assert torch.equal(read_all(here / "one.mkv"), read_all(here / "two.mkv"))
+    assert "--device cpu,cpu: To run on 2 devices" in fail(
+        "reconstruct", "clip.mp4", "-w", weights["iv-vae"], "-o", "x.mkv", "--device", "cpu,cpu"
+    )
+    assert "--device gpu is no device" in fail(*words, "-o", "x.mkv", "--device", "cpu,gpu")

@@ -57,7 +57,9 @@ Seed = Annotated[
     typer.Option("--seed", min=0, max=2**63 - 1, help="Draw from the posterior with this seed; without: its mean."),
 ]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Precision; auto: bfloat16 on CUDA, else float32.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, xpu, mps.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, xpu, mps; cuda:0,cuda:1: share the chunks.")
+]
 Start = Annotated[int, typer.Option("--start", min=0, help="First frame to use, counted from 0.")]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="How many frames to use; without: to the end.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
@@ -143,9 +145,13 @@ def form_of(crf: float | None, codec: CodecOption | None, bits: int | None, pix_
 
 
 def load_weights(weights: str, dtype: DType, device: str) -> VideoVAE:
-    """The VAE that the options name."""
-    where, kind = device_and_dtype(dtype, device)
-    return load(weights, device=where, dtype=kind)
+    """The VAE that the options name, on one device or several."""
+    (where, kind), *others = [device_and_dtype(dtype, name) for name in device.split(",")]
+    vae = load(weights, device=where, dtype=kind)
+    try:
+        return vae.on([where, *(other for other, _ in others)]) if others else vae
+    except ValueError as error:
+        raise UserError(f"--device {device}: {error}") from error
 
 
 def device_and_dtype(dtype: DType, device: str) -> tuple[torch.device, torch.dtype]:
