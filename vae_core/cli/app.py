@@ -1,6 +1,7 @@
 """The commands."""
 
 import io
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -15,7 +16,6 @@ from ..door.loading import DEMO_FOLDER, load
 from ..door.vae import VideoVAE
 from ..media.latents import SOUND_ENDING, LatentFile, open_latent, sound_name
 from ..media.pictures import is_picture
-from ..media.video import check_output_name
 from . import report
 from .blocks import kind_of_file, latent_block, name_of, video_block
 from .encode_dataset import encode_dataset_command
@@ -48,20 +48,18 @@ from .options import (
     form_of,
     load_weights,
 )
+from .outputs import check_outputs, fitting, lost_in_pictures
 from .plan import plan_command
 from .progress import bar_of, progress
 from .svd_adapter import train_svd_adapter_command
 from .train import train_command
 from .work import (
     Clip,
-    Form,
     Quality,
     check_latent,
-    check_outputs,
     decode,
     decoded_paths,
     encode,
-    fitting,
     notes_on,
     open_clip,
     reconstruct,
@@ -90,6 +88,7 @@ app.command("train-svd-adapter")(train_svd_adapter_command)
 
 def run() -> None:
     """Run the command line; ends in SystemExit."""
+    os.environ.setdefault("SVT_LOG", "1")  # else the AV1 encoder tells its settings on 20 lines
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console's code page lacks most of the world's letters
@@ -196,9 +195,9 @@ def decode_command(
 ) -> None:
     """Turn a latent file back into a video with its sound, or into pictures."""
     file = open_latent(latents)
-    path = output or Path(fitting(latents.name.split(".")[0], f"_decoded{_usual_suffix(file.meta.frames)}"))
+    path = output or Path(fitting(_bare_name(latents), f"_decoded{_usual_suffix(file.meta.frames)}"))
     form = form_of(crf, codec, bits, pix_fmt)
-    _check_name(path, form)
+    form.check(path, (file.meta.height, file.meta.width))
     sound, missing = sound_of(file)
     paths = decoded_paths(file, path)
     inputs = [latents] + ([] if sound is None else [sound])
@@ -207,10 +206,9 @@ def decode_command(
     vae = bounded(_load_for(file, weights, dtype, device), budget, ram, tiling, tile)
     if missing is not None:
         note(missing)
-    if is_picture(path) and sound is not None:
-        note("Pictures hold no sound; it is left out.")
-    if is_picture(path) and file.meta.times is not None:
-        note("Pictures hold no times; those of the frames are left out.")
+    meta = file.meta
+    for text in lost_in_pictures(path, sound=sound is not None, times=meta.times is not None, aspect=meta.aspect):
+        note(text)
     with progress("decoding", file.meta.frames) as advance:
         told = decode(vae, file, paths, form, sound=None if is_picture(path) else sound, advance=advance)
     _say_told(told)
@@ -251,7 +249,11 @@ def reconstruct_command(
     plain = output or Path(fitting(video.stem, f"_reconstruction{suffix}"))
     beside = plain.with_name(fitting(plain.stem if output else video.stem, f"_side_by_side{plain.suffix}"))
     form = form_of(crf, codec, bits, pix_fmt)
-    _check_name(plain, form)
+    form.check(plain, clip.info.size)
+    for text in lost_in_pictures(
+        plain, sound=clip.info.has_audio, times=clip.times is not None and clip.frames > 1, aspect=clip.info.aspect
+    ):
+        note(text)
     check_outputs((plain, beside), overwrite=overwrite, inputs=(video,), frames=clip.frames)
     vae = bounded(load_weights(weights, dtype, device), budget, ram, tiling, tile)
     with progress("reconstructing", clip.frames) as advance:
@@ -345,19 +347,17 @@ def _open(
     return clip
 
 
+def _bare_name(latents: Path) -> str:
+    """The name of a latent file without what all of them end in."""
+    return latents.name.removesuffix(".safetensors").removesuffix(".latent")
+
+
 def _usual_suffix(frames: int) -> str:
     return ".png" if frames == 1 else ".mp4"
 
 
 def _kind_of(path: Path) -> str:
     return "video" if not is_picture(path) else "pictures" if "%" in path.name else "picture"
-
-
-def _check_name(path: Path, form: Form) -> None:
-    """Raise VideoError or UserError for a name or a form that cannot be written."""
-    if not is_picture(path):
-        check_output_name(path)
-    form.check(path)
 
 
 def _load_for(file: LatentFile, weights: str | None, dtype: DType, device: str) -> VideoVAE:

@@ -11,7 +11,7 @@ from ..door.loading import load
 from ..door.vae import VideoVAE
 from ..run.tiling import TilePlan
 from .guard import UserError
-from .work import Form
+from .outputs import Form
 
 
 class DType(str, Enum):

@@ -28,7 +28,7 @@ from ..svd.session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, Wo
 from ..svd.trainer import LATENT_SCALE, METHODS, AdapterTrainer, TrainSettings
 from .guard import UserError, err, guarded, note, say
 from .options import Device, DType, DTypeOption, Overwrite, device_and_dtype, load_weights
-from .work import check_outputs
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from ..svd.unet import ImageEncoder, ImageVAE
