@@ -53,9 +53,9 @@ def check_outputs(
 
     frames: how many there are, for outputs that are pictures.
     """
-    sources = {source.resolve() for source in inputs}
+    sources = {os.path.realpath(source) for source in inputs}
     for path in paths:
-        if path.resolve() in sources:
+        if os.path.realpath(path) in sources:
             raise UserError(f"{path} is the input itself; choose another -o.")
         if path.is_dir():
             raise UserError(f"{path} is a folder; give a file name with -o.")

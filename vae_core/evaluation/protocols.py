@@ -109,11 +109,11 @@ def find_videos(sources: Iterable[str | os.PathLike[str]], without: Path | None 
     that is no text.
     """
     found: dict[str, Path] = {}
-    results = None if without is None else without.resolve()
+    results = None if without is None else Path(os.path.realpath(without))
     for source in map(Path, sources):
         if source.is_dir():
             here = [path for path in sorted(source.rglob("*")) if not path.name.startswith(".")]
-            here = [path for path in here if results is None or results not in path.resolve().parents]
+            here = [path for path in here if results is None or results not in Path(os.path.realpath(path)).parents]
             here = [path for path in here if not (path.parent.name == PARTS and (path.parents[1] / LINES).exists())]
             inside = [path for path in here if path.suffix.lower() in SUFFIXES] or [
                 path for path in here if path.suffix.lower() in PICTURE_SUFFIXES
