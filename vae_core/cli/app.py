@@ -20,7 +20,7 @@ from . import report
 from .blocks import kind_of_file, latent_block, name_of, video_block
 from .encode_dataset import encode_dataset_command
 from .evaluate import build_set_command, evaluate_command
-from .guard import UserError, guarded, note, out, say, set_debug
+from .guard import Commands, UserError, guarded, note, out, say, set_debug, show
 from .inflate import inflate_command
 from .options import (
     Bits,
@@ -71,6 +71,7 @@ DEMO_NAMES = ("demo-cv-vae", "demo-iv-vae")
 DEMO_COLUMNS = 5
 
 app = typer.Typer(
+    cls=Commands,
     help="CV-VAE and IV-VAE: video into latents and back, exactly and in bounded memory.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -259,7 +260,7 @@ def reconstruct_command(
     with progress("reconstructing", clip.frames) as advance:
         quality, told = reconstruct(vae, clip, plain=plain, beside=beside, form=form, seed=seed, advance=advance)
     _say_told(told)
-    out.print(report.quality_table(quality, out.width))
+    show(report.quality_table(quality, out.width))
     psnr, ssim = quality.mean
     count = len(quality.psnr)
     say(f"mean of {count} frame{'s' * (count != 1)}: PSNR {report.figure(psnr, 2)} dB, SSIM {report.figure(ssim, 4)}")
@@ -319,7 +320,7 @@ def demo(
         results.append((f"{name} (z {vae.info.latent_channels})", quality, time.monotonic() - began))
         pickers.append(picker)
     _draw_sheet(sheet, clip, pickers, results)
-    out.print(report.summary_table(results))
+    show(report.summary_table(results))
     say("Demo weights are small and briefly trained: they show that all works, not what the papers' models reach.")
     _say_written([(name, path) for name, pair in videos.items() for path in pair] + [("contact sheet", sheet)])
 

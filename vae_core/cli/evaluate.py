@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 
 from ..run.tiling import ReferencePlan
-from .guard import UserError, err, guarded, note, out, say, warn
+from .guard import UserError, cell, err, guarded, note, say, show, visible, warn
 from .options import Device, DType, DTypeOption, device_and_dtype
 from .report import figure
 
@@ -110,7 +110,7 @@ def evaluate_command(
     with _spinner() as (bar, task):
 
         def progress(video: str, name: str, count: int) -> None:
-            bar.update(task, description=f"{name}: {video}", advance=count)
+            bar.update(task, description=visible(f"{name}: {video}"), advance=count)
 
         try:
             outcome = evaluate(
@@ -123,7 +123,7 @@ def evaluate_command(
         if text not in networks.missing:
             note(text)
     files = [write_page(outcome, output, clips=clips), *write_tables(outcome, output)]
-    out.print(_table(outcome))
+    show(_table(outcome))
     for path in files:
         say(f"{path.name}: {path}")
     _end(outcome.broken, len(found))
@@ -147,23 +147,23 @@ def build_set_command(
     A video that cannot be read is reported and left out; the exit code is then 3.
     """
     _check_installed(_OPENCV)
-    from ..evaluation.build_set import MANIFEST, build_set  # needs what only evaluation needs
+    from ..evaluation.build_set import MANIFEST, build_set, without_sets  # needs what only evaluation needs
     from ..evaluation.protocols import find_videos
 
     if (output / MANIFEST).exists() and not overwrite:
         raise UserError(f"{output / MANIFEST} exists already; add --overwrite to replace it, or choose another -o.")
-    found = find_videos(videos, without=output)
+    found = without_sets(find_videos(videos, without=output))
     with _spinner() as (bar, task):
         built = build_set(
             found, output, count=count, size=_size(size), frames=frames, per_video=per_video, crf=crf,
-            progress=lambda text: bar.update(task, description=text, advance=1),
+            progress=lambda text: bar.update(task, description=visible(text), advance=1),
         )  # fmt: skip
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("clip", "motion", "from frame"):
         table.add_column(name, justify="left" if name == "clip" else "right")
     for cut in built.cuts:
-        table.add_row(cut.file, f"{cut.motion:.4f}", str(cut.start))
-    out.print(table)
+        table.add_row(cell(cut.file), f"{cut.motion:.4f}", str(cut.start))
+    show(table)
     if len(built.cuts) < count:
         note(f"{len(built.cuts)} clips were cut where {count} were asked for: there are no more.")
     if built.too_small:
@@ -243,7 +243,7 @@ def _table(outcome: "Outcome") -> Table:
     for _, heading, _ in shown:
         table.add_column(heading, justify="right")
     for row in found:
-        table.add_row(row.name, *(figure(row.figures[key], digits) for key, _, digits in shown))
+        table.add_row(cell(row.name), *(figure(row.figures[key], digits) for key, _, digits in shown))
     return table
 
 

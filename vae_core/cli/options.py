@@ -123,8 +123,8 @@ def bounded(vae: VideoVAE, budget: float | None, ram: float | None, tiling: Tili
 
 
 def gib(count: float | None) -> int | None:
-    """GiB in bytes."""
-    return None if count is None else int(count * 2**30)
+    """GiB in bytes; what is more than any machine has is a million."""
+    return None if count is None else int(min(count, 1e6) * 2**30)
 
 
 def form_of(crf: float | None, codec: CodecOption | None, bits: int | None, pix_fmt: str | None) -> Form:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,6 +13,8 @@ from ..atomic import LONGEST_NAME
 from ..media.codecs import Codec, check_output_name, choose
 from ..media.pictures import check_depth, is_picture, picture_paths
 from .guard import UserError
+
+_NO_UTF8 = re.compile("[\ud800-\udfff]")  # how Python shows other bytes of a name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,10 @@ def check_outputs(
     for path in paths:
         if os.path.realpath(path) in sources:
             raise UserError(f"{path} is the input itself; choose another -o.")
+        if path.suffix.lower() == ".safetensors" and _NO_UTF8.search(path.name):
+            raise UserError(
+                f"{path} is a name that is no UTF-8, which the safetensors library cannot open; choose another -o."
+            )
         if path.is_dir():
             raise UserError(f"{path} is a folder; give a file name with -o.")
         if not path.parent.is_dir():
@@ -68,7 +75,11 @@ def check_outputs(
 
 
 def fitting(stem: str, ending: str, spare: int = 0) -> str:
-    """A file name of `stem` and `ending` that is not longer than file systems take, with `spare` bytes left."""
+    """A file name of `stem` and `ending` that is not longer than file systems take, with `spare` bytes left.
+
+    What of `stem` is no UTF-8 becomes "_".
+    """
+    stem = _NO_UTF8.sub("_", stem)
     room = LONGEST_NAME - len(os.fsencode(ending)) - spare
     while len(os.fsencode(stem)) > room:
         stem = stem[:-1]

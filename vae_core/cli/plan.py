@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..atomic import atomic_write
 from ..pictures.plan import draw_plan
 from ..plan.planner import PlanOptions
 from ..plan.rates import Rates
@@ -86,5 +87,6 @@ def plan_command(
     title = f"{way.value} {frames} frames of {width}x{height} with {vae.family}, {precision}, {limit}"
     say(f"{title}\n{plan}")
     if picture is not None:
-        draw_plan(plan, (height, width), frames, title).save(picture)
+        with atomic_write(picture) as part:
+            draw_plan(plan, (height, width), frames, title).save(part)
         say(f"picture  {picture}")

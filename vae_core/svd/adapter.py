@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..atomic import atomic_write
 from ..errors import CheckpointError
 from ..weights.headers import UnreadableError, open_safetensors, read_header, sniff
+from ..weights.writing import write_safetensors
 
 LAYER = "diffusion_model.out.2"
 FORMAT = "cviv-vae svd output adapter"
@@ -105,8 +104,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     if not path.parent.is_dir():
         raise CheckpointError(f"Cannot save {path.name}: the folder {path.parent} does not exist. Make it first.")
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_write(path) as part:
-        safetensors.torch.save_file(kept, part, metadata=dict(metadata))
+    write_safetensors(path, kept, metadata)
 
 
 def read_tensors(path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -93,6 +93,8 @@ def file_size(path: Path) -> int:
         raise UnreadableError("is a folder, not a file.")
     if not stat.S_ISREG(status.st_mode):
         raise UnreadableError("is not a regular file.")
+    if re.search("[\ud800-\udfff]", os.fspath(path)):
+        raise UnreadableError("has a name that is no UTF-8, which the safetensors library cannot open: rename it.")
     if status.st_size == 0:
         raise UnreadableError("is empty (0 bytes), as an interrupted download leaves it: get it again.")
     return status.st_size
