@@ -8,6 +8,7 @@ for good, the finished file is kept, and the error says where.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import time
@@ -81,6 +82,20 @@ def _set_mode(part: Path, path: Path) -> None:
             mode = probe.stat().st_mode
             probe.unlink()
         part.chmod(mode & 0o777)
+
+
+def sweep(path: Path) -> None:
+    """Delete what processes that were killed have left of `path`; where the system tells which are alive."""
+    if os.name != "posix":
+        return
+    for part in path.parent.glob(f".{glob.escape(path.stem)}.*.part{glob.escape(path.suffix)}"):
+        number = part.name.removesuffix(f".part{path.suffix}").rpartition(".")[2]
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            remove(part)
+        except (ValueError, OverflowError, PermissionError):
+            continue
 
 
 def remove(part: Path) -> None:

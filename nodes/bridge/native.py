@@ -17,8 +17,9 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...vae_core import AnyPlan, Direction, NotFiniteError, Plan, TilePlan, VideoVAE, official_state
+from ...vae_core import AnyPlan, Direction, Plan, TilePlan, VideoVAE, official_state
 from ...vae_core.door.output import collect
+from ...vae_core.run.snapshots import Snapshots
 from .first_stage import Network, tiles_of_pixels, to_signed, to_unit
 from .limits import ANY, Limits
 from .plan_words import plan_words
@@ -26,6 +27,7 @@ from .ratio import Ratio
 from .running import Run, count_of
 from .schema import dtype_words
 from .session import SESSION, Gauge, peak_reader
+from .truth import explained, guarded
 from .wire import (
     Layout,
     check_latent,
@@ -184,12 +186,14 @@ class NativeVideoVAE(comfy.sd.VAE):
         tiles: AnyPlan = None,
         dtype: torch.dtype = torch.float32,
         lent: bool = False,
+        snapshots: Snapshots | None = None,
     ) -> Iterator[Tensor]:
         """Frames of (b, z, t, h, w), clip after clip, as (1, t, h, w, 3) chunks in 0..1 on the CPU.
 
         start, frames, size: of every clip; what padding added goes. tiles: decode in these, and do not plan. dtype:
-        torch.uint8 for 0..255. lent: a chunk is good until the next is asked for. Raises BudgetError before any work
-        where `limits` are too small, ValueError for a result that is not finite.
+        torch.uint8 for 0..255. lent: a chunk is good until the next is asked for. snapshots: of the one clip, as in
+        `VideoVAE.decode_stream`. Raises BudgetError before any work where `limits` are too small, ValueError for a
+        result that is not finite.
         """
         clip_shape = (1, *z.shape[1:])
         asked = limits, tiles
@@ -209,8 +213,9 @@ class NativeVideoVAE(comfy.sd.VAE):
                     plan=tiles,
                     recover=recover,
                     between=between,
+                    snapshots=snapshots,
                 )
-                for images in _explained(stream, self.codec.dtype):
+                for images in explained(stream, self.codec.dtype):
                     gauge.chunk_done()
                     run.step(images.shape[1], images[0, -1])
                     yield images
@@ -243,7 +248,7 @@ class NativeVideoVAE(comfy.sd.VAE):
                 recover=self._recover("encode", shape, run, asked, gauge),
                 between=mm.throw_exception_if_processing_interrupted,
             )
-            for chunk in _explained(_guarded(stream), self.codec.dtype):
+            for chunk in explained(guarded(stream), self.codec.dtype):
                 gauge.chunk_done()
                 mm.throw_exception_if_processing_interrupted()
                 yield chunk.float()
@@ -374,24 +379,3 @@ def _counted(chunks: Iterable[Tensor], run: Run) -> Iterator[Tensor]:
     for chunk in chunks:
         yield chunk
         run.step(chunk.shape[2], images_of(chunk[:, :, -1:])[0, 0])
-
-
-def _guarded(stream: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Pass chunks on; raise NotFiniteError at the first that is not finite."""
-    for index, chunk in enumerate(stream):
-        if not torch.isfinite(chunk).all():
-            raise NotFiniteError(index)
-        yield chunk
-
-
-def _explained(stream: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Pass chunks on; where they are not finite, raise ValueError with the remedy."""
-    try:
-        yield from stream
-    except NotFiniteError as error:
-        remedy = (
-            "float16 overflowed: choose bf16 or fp32 as dtype in Load Video VAE."
-            if dtype == torch.float16
-            else "The input holds NaN or infinity already: look at the node before, or lower its strength."
-        )
-        raise ValueError(f"Chunk {error.chunk} of the result holds NaN or infinity. {remedy}") from error

@@ -39,7 +39,7 @@ class Run:
         preview: bool = False,
         size: tuple[int, int] | None = None,
     ) -> None:
-        self.total, self.done, self._size = total, 0, size
+        self.total, self.done, self._there, self._size = total, 0, 0, size
         self.exact: bool | None = None  # whether the result is that of whole frames; None: not known
         self._node_id, self._preview = node_id, preview and node_id is not None
         self._bar = comfy.utils.ProgressBar(total, node_id=node_id)
@@ -72,6 +72,12 @@ class Run:
         if due:
             self._say(self._status(now))
 
+    def there(self, frames: int) -> None:
+        """`frames` were done by an earlier run."""
+        if frames:
+            self.done = self._there = frames
+            self.note(f"{count_of(frames, 'frame')} were there from an earlier run")
+
     def note(self, sentence: str) -> None:
         """A line for the report; a second time it is not repeated."""
         if sentence not in self._lines:
@@ -91,8 +97,8 @@ class Run:
         size = "" if self._size is None else f" {self._size[1]}x{self._size[0]}"
         yield f"{count_of(self.done, 'frame')}{size}"
         yield clock(seconds) if seconds >= 10 else f"{seconds:.1f} s"
-        if seconds > 0 and self.done:
-            yield f"{self.done / seconds:.1f} fps"
+        if seconds > 0 and self.done > self._there:
+            yield f"{(self.done - self._there) / seconds:.1f} fps"
         if self.exact is not None:
             yield "exact" if self.exact else "not exact: blended"
         if self._device is not None:
@@ -111,7 +117,7 @@ class Run:
             yield f"peak {most_ram() / GIB:.1f} GiB RAM"
 
     def _status(self, now: float) -> str:
-        left = (now - self._start) / max(self.done, 1) * (self.total - self.done)
+        left = (now - self._start) / max(self.done - self._there, 1) * (self.total - self.done)
         return f"{self.done} of {self.total} frames, {clock(left)} left"
 
     def _say(self, text: str) -> None:

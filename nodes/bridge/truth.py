@@ -1,14 +1,15 @@
-"""What a decode gives back: the true length and size of the video where they are known, and a sentence where not."""
+"""What a decode gives back: the true length and size where they are known, and a sentence where not; finite values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...vae_core import NotFiniteError
 from ...vae_core.families import FAMILIES, Compression
 from .latent import MOVED
 from .wire import FACTS, Facts, Layout, read_facts, samples_of
@@ -88,3 +89,24 @@ def _other_length(frames: int, count: int, compression: Compression) -> str:
             f"{count // made}"
         )
     return sentence
+
+
+def guarded(stream: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Pass chunks on; raise NotFiniteError at the first that is not finite."""
+    for index, chunk in enumerate(stream):
+        if not torch.isfinite(chunk).all():
+            raise NotFiniteError(index)
+        yield chunk
+
+
+def explained(stream: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Pass chunks on; where they are not finite, raise ValueError with the remedy."""
+    try:
+        yield from stream
+    except NotFiniteError as error:
+        remedy = (
+            "float16 overflowed: choose bf16 or fp32 as dtype in Load Video VAE."
+            if dtype == torch.float16
+            else "The input holds NaN or infinity already: look at the node before, or lower its strength."
+        )
+        raise ValueError(f"Chunk {error.chunk} of the result holds NaN or infinity. {remedy}") from error

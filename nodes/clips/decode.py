@@ -17,6 +17,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...vae_core.door.resume import DecodeStore
+from ...vae_core.run.snapshots import Snapshots
 from ..bridge.lazy_video import LazyVideo
 from ..bridge.limits import Limits, limits_of
 from ..bridge.native import NativeVideoVAE, collect_images, require
@@ -37,6 +39,7 @@ from ..bridge.truth import check_finite, decoded_facts
 from ..bridge.wire import Facts, rate_of
 from ..latents.files import save_latent
 from ..latents.paths import SUFFIX
+from .unfinished import resume_input, store_for
 
 DEFAULT_FPS = Fraction(24)  # where neither the latent nor the user says
 CODECS, BITS = ("auto", "h264", "av1", "vp9"), ("8", "10")
@@ -212,6 +215,7 @@ class DecodeToVideo(io.ComfyNode):
                     advanced=True,
                 ),
                 tiling_input(),
+                resume_input(),
             ],
             outputs=[io.Video.Output(display_name="video", tooltip="For Save Video. Nothing is decoded before that.")],
             hidden=[io.Hidden.unique_id],
@@ -231,6 +235,7 @@ class DecodeToVideo(io.ComfyNode):
         codec: str = "auto",
         bit_depth: str = "8",
         tiling: str = "exact",
+        resume: bool = False,
     ) -> io.NodeOutput:
         check_choice("codec", codec, CODECS)
         check_choice("bit_depth", bit_depth, BITS)
@@ -245,11 +250,15 @@ class DecodeToVideo(io.ComfyNode):
             )
         node_id = cls.hidden.unique_id
 
+        stores: list[DecodeStore] = []
+
         def frames(start: int, stop: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+            if resume:
+                stores.append(store_for(vae, z, facts, (start, stop), dtype, blended=limits.blended))
             run = Run(stop - start, node_id=node_id, preview=preview, size=facts.size)
             for sentence in told:
                 run.note(sentence)
-            chunks = _some(vae, z, facts, run, start, stop, limits, node_id, dtype)
+            chunks = _some(vae, z, facts, run, start, stop, limits, node_id, dtype, stores[-1] if resume else None)
             with _latent_kept(samples, vae, wanted=save_latent_on_failure):
                 yield from chunks
 
@@ -266,6 +275,7 @@ class DecodeToVideo(io.ComfyNode):
             codec=codec,
             bits=int(bit_depth),
             copied=partial(_say_copied, node_id),
+            finished=partial(_forget, stores),
         )
         return io.NodeOutput(video)
 
@@ -273,6 +283,12 @@ class DecodeToVideo(io.ComfyNode):
 def _say_copied(node_id: str, source: Path) -> None:
     """The report of a run that decoded nothing."""
     keep_report(f"nothing decoded: copied from {source.name}, which this clip was written to before", node_id)
+
+
+def _forget(stores: list[DecodeStore]) -> None:
+    """Keep nothing of videos that are complete."""
+    while stores:
+        stores.pop().remove()
 
 
 def _some(
@@ -285,15 +301,36 @@ def _some(
     limits: Limits,
     node_id: str,
     dtype: torch.dtype,
+    store: DecodeStore | None,
 ) -> Iterator[Tensor]:
     """Frames `start` to `stop` as (t, h, w, 3), a few at a time. In 8 bits they are for a file, which keeps none."""
-    lent = dtype == torch.uint8
-    try:
-        for chunk in vae.decode_chunks(
-            z, run, start=start, frames=stop, size=facts.size, limits=limits, dtype=dtype, lent=lent
-        ):
+
+    def make(done: int, snapshots: Snapshots | None) -> Iterator[Tensor]:
+        chunks = vae.decode_chunks(
+            z,
+            run,
+            start=start + done,
+            frames=stop,
+            size=facts.size,
+            limits=limits,
+            dtype=dtype,
+            lent=dtype == torch.uint8,
+            snapshots=snapshots,
+        )
+        for chunk in chunks:
             yield chunk[0]
+
+    try:
+        if store is None:
+            yield from make(0, None)
+        else:
+            run.there(store.found)
+            yield from store.all(make, stop - start, dim=0)
         keep_report(run.finish(), node_id)
+    except mm.InterruptProcessingException:
+        if store is not None:
+            store.remove()
+        raise
     finally:
         run.close()
 

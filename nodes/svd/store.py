@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...vae_core.atomic import atomic_write
 from ...vae_core.errors import CheckpointError
-from ...vae_core.svd.adapter import read_tensors, write_tensors
+from ...vae_core.weights.tensors import read_tensors, write_tensors
 
 STORE = "cviv_svd_store"  # in transformer_options: a StoreSettings
 _LIST = "chunks.json"

@@ -106,15 +106,28 @@ def test_a_part_of_a_video(comfy: Comfy, load_vae: LoadVAE) -> None:
     assert all_of_it.shape[0] == 10
 
 
-def test_tiles_are_exact_and_their_borders_are_measured(comfy: Comfy, load_vae: LoadVAE) -> None:
-    vae, images = load_vae(SMALL["cv"]), picture(5, 192, 96)  # strips of at least two rows
+@pytest.mark.parametrize(("name", "way"), [(SMALL["cv"], "Exact strips"), (SMALL["iv"], "Exact")])
+def test_what_a_budget_asks_for_is_exact_and_its_borders_are_measured(
+    comfy: Comfy, load_vae: LoadVAE, name: str, way: str
+) -> None:
+    vae, images = load_vae(name), picture(5, 192, 96)
     whole, _, table, report = round_trip(comfy, vae, images)
     assert "Whole frames" in report
     assert "at the borders of" not in table
-    tiled, _, table, report = round_trip(comfy, vae, images, memory_budget_gb=0.005)
-    assert "Exact strips" in report
+    least, refused = 0.001, 0
+    while True:  # to encode and to decode need different budgets
+        try:
+            tiled, _, table, report = round_trip(comfy, vae, images, memory_budget_gb=least)
+            break
+        except NodeError as error:
+            found = re.search(r"smallest budget in which it can be done exactly is ([\d.]+) GiB", str(error))
+            assert found
+            least, refused = float(found[1]) + 0.001, refused + 1
+    assert 1 <= refused <= 2
+    assert way in report
     torch.testing.assert_close(tiled, whole, atol=1e-3, rtol=0)
-    assert 0.5 < float(cells(table, "tiles")[0]) < 2  # as anywhere else
+    if way == "Exact":  # strips of single steps end at other rows in every step
+        assert 0.5 < float(cells(table, "tiles")[0]) < 2  # as anywhere else
 
 
 def small_video_vae(comfy: Comfy) -> Any:

@@ -11,8 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 import vae_core
-from vae_core.cli import app as commands
-from vae_core.cli import report
+from vae_core.cli import demo, report
 from vae_core.cli.work import Quality
 from vae_core.door.loading import DEMO_WEIGHTS
 from vae_core.media.latents import open_latent
@@ -194,14 +193,14 @@ def check_demo(folder: Path, said: str) -> None:
 def test_demo_on_small_weights(here: Path, weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DEMO_WEIGHTS, "demo-cv-vae", weights["cv-vae"])
     monkeypatch.setitem(DEMO_WEIGHTS, "demo-iv-vae", weights["iv-vae"])
-    monkeypatch.setattr(commands, "DEMO_CLIP", clip(here / "clip.mp4", 9, 48, 64))
+    monkeypatch.setattr(demo, "DEMO_CLIP", clip(here / "clip.mp4", 9, 48, 64))
     check_demo(here / "cviv_vae_demo", succeed("demo"))
     assert "exists already; add --overwrite" in fail("demo")
     check_demo(here / "other", succeed("demo", "-o", "other", "--frames", 2))
 
 
 @pytest.mark.skipif(
-    not all(path.exists() for path in (commands.DEMO_CLIP, *DEMO_WEIGHTS.values())),
+    not all(path.exists() for path in (demo.DEMO_CLIP, *DEMO_WEIGHTS.values())),
     reason="the demo weights are not made yet",
 )
 def test_demo_as_it_is_shipped(here: Path) -> None:

@@ -250,6 +250,18 @@ def test_the_command_says_what_it_did(videos: Path, weights: str, tmp_path: Path
         assert message in result.stderr
 
 
+def test_the_command_keeps_within_a_budget(videos: Path, weights: str, tmp_path: Path) -> None:
+    clip = videos / "clip0.mp4"
+    result = _command(clip, "-o", tmp_path / "none", "-w", weights, "--budget", 0.001)
+    assert result.exit_code == 3
+    assert "smallest budget in which it can be done exactly is" in result.stderr
+    for name, words in (("whole", ()), ("tiles", ("--tile", 1))):
+        assert _command(clip, "-o", tmp_path / name, "-w", weights, *words).exit_code == 0
+    (_, whole), (_, tiled) = (next(read_latents(tmp_path / name)) for name in ("whole", "tiles"))
+    torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=0)
+    assert _command(clip, "-o", tmp_path / "whole", "-w", weights, "--tiling", "blended").exit_code == 2
+
+
 # ---------------------------------------------------------------------------------------------------- processes
 
 

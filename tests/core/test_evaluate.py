@@ -109,6 +109,21 @@ def test_the_numbers_are_those_of_the_python_api(here: Path, weights: dict[str, 
     assert {"psnr", "ssim", "flicker", "warp_error", "ssim_phase_spread"} <= known.keys()
 
 
+def test_it_keeps_within_a_budget(here: Path, weights: dict[str, Path]) -> None:
+    video(here / "videos" / "clip.mp4", frames=5, height=40, width=56)
+    words = ("videos", "-v", weights["cv-vae"], "--no-baseline")
+    found: list[float] = []
+    for name, more in (("whole", ()), ("tiles", ("--tile", 2))):
+        assert run(*words, "-o", name, *more).exit_code == 0
+        found.append(report(here / name)["vaes"][0]["figures"]["psnr"])
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+    result = run(*words, "-o", "none", "--budget", 0.001)
+    assert result.exit_code == 2
+    assert "smallest budget in which it can be done exactly is" in result.stderr
+    result = run("videos", "-v", weights["iv-vae"], "--no-baseline", "-o", "none", "--tiling", "blended")
+    assert "--tiling blended: the official tiles are those of CV-VAE, and this is iv-vae." in result.stderr
+
+
 def test_the_page_stands_alone(here: Path, weights: dict[str, Path]) -> None:
     video(here / "videos" / "a<b>&.mp4", frames=9, height=96, width=128)
     assert run("videos", "-v", weights["cv-vae"], "-o", "report").exit_code == 0

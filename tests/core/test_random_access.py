@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vae_core import BudgetError, VideoVAE
+from vae_core import AnyPlan, BudgetError, TilePlan, VideoVAE
+from vae_core.run.snapshots import Snapshots
 
 Make = Callable[..., VideoVAE]
 
@@ -63,3 +64,32 @@ def test_a_vae_keeps_within_its_limits(family: str, small_vae: Make) -> None:
     vae.within(budget_bytes=2**10)
     with pytest.raises(BudgetError, match="smallest budget in which it can be done exactly is"):
         vae.decode(latent)
+
+
+@pytest.mark.parametrize("kept_in", [None, TilePlan(tile=2), TilePlan(tile=3, offload=True)])
+@pytest.mark.parametrize("read_in", [None, TilePlan(tile=2), TilePlan(tile=(1, 4), offload=True)])
+def test_snapshots_let_a_streaming_network_begin_near(small_vae: Make, kept_in: AnyPlan, read_in: AnyPlan) -> None:
+    vae, snapshots, steps = small_vae("iv-vae"), Snapshots(every=2), 0
+    torch.manual_seed(0)
+    latent = torch.randn(1, vae.info.latent_channels, 8, 4, 5, dtype=torch.float64)
+    whole = torch.cat(list(vae.decode_stream(latent, plan=kept_in, snapshots=snapshots)), dim=2)
+    assert sorted(snapshots.held) == [2, 4, 6, 8]
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    list(vae.decode_stream(latent, plan=read_in, between=count))
+    everything, steps = steps, 0
+    got = torch.cat(list(vae.decode_stream(latent, start=22, plan=read_in, snapshots=snapshots, between=count)), dim=2)
+    assert got.shape[2] == 7
+    assert (got - whole[:, :, 22:]).abs().max() <= 1e-12 * whole.std()
+    assert steps * 4 == everything  # two groups of eight: the one with frame 22, from the snapshot before it, and one
+
+
+def test_snapshots_are_nothing_where_chunks_stand_alone(small_vae: Make) -> None:
+    vae, snapshots = small_vae("cv-vae"), Snapshots(every=1)
+    list(vae.decode_stream(torch.zeros(1, 4, 6, 1, 1, dtype=torch.float64), snapshots=snapshots))
+    assert not snapshots.held
+    with pytest.raises(ValueError, match="every 0 chunks"):
+        Snapshots(every=0)

@@ -3,7 +3,6 @@
 import io
 import os
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -12,15 +11,17 @@ import typer
 
 from .. import __version__
 from ..door.downloads import OFFICIAL_FILES, changed_since, download
-from ..door.loading import DEMO_FOLDER, load
+from ..door.loading import load
 from ..door.vae import VideoVAE
 from ..media.latents import SOUND_ENDING, LatentFile, open_latent, sound_name
 from ..media.pictures import is_picture
 from . import report
 from .blocks import kind_of_file, latent_block, name_of, video_block
+from .decoding import check_latent, chosen, decode, decoded_paths, sound_of, store_for, unfinished_folder
+from .demo import demo_command
 from .encode_dataset import encode_dataset_command
 from .evaluate import build_set_command, evaluate_command
-from .guard import Commands, UserError, guarded, note, out, say, set_debug, show
+from .guard import Commands, UserError, guarded, note, out, say, say_written, set_debug, show
 from .inflate import inflate_command
 from .options import (
     Bits,
@@ -36,6 +37,7 @@ from .options import (
     Overwrite,
     PixFmt,
     Ram,
+    Resume,
     Seed,
     SkipDamage,
     Start,
@@ -54,21 +56,10 @@ from .progress import bar_of, progress
 from .svd_adapter import train_svd_adapter_command
 from .train import train_command
 from .work import (
-    Clip,
-    Quality,
-    check_latent,
-    decode,
-    decoded_paths,
     encode,
-    notes_on,
-    open_clip,
+    opened,
     reconstruct,
-    sound_of,
 )
-
-DEMO_CLIP = DEMO_FOLDER / "demo_clip.mp4"
-DEMO_NAMES = ("demo-cv-vae", "demo-iv-vae")
-DEMO_COLUMNS = 5
 
 app = typer.Typer(
     cls=Commands,
@@ -78,6 +69,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command("demo")(demo_command)
 app.command("plan")(plan_command)
 app.command("evaluate")(evaluate_command)
 app.command("build-set")(build_set_command)
@@ -155,7 +147,7 @@ def encode_command(
     """Turn a video into a latent file, with its sound beside it."""
     path = output or Path(fitting(video.stem, ".latent.safetensors", spare=len(SOUND_ENDING)))
     check_outputs((path,), overwrite=overwrite, inputs=(video,))
-    clip = _open(video, start, frames, skip_damage=skip_damage, hdr=hdr)
+    clip = opened(video, start, frames, skip_damage=skip_damage, hdr=hdr.value)
     if clip.info.has_audio:
         check_outputs((path.with_name(sound_name(path)),), overwrite=overwrite, inputs=(video,))
     vae = bounded(load_weights(weights, dtype, device), budget, ram, tiling, tile)
@@ -184,6 +176,8 @@ def decode_command(
     ] = None,
     dtype: DTypeOption = DType.auto,
     device: Device = "auto",
+    start: Start = 0,
+    frames: Frames = None,
     crf: Crf = None,
     codec: CodecChoice = None,
     bits: Bits = None,
@@ -192,17 +186,19 @@ def decode_command(
     ram: Ram = None,
     tiling: Tiling = TilingOption.exact,
     tile: Tile = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a latent file back into a video with its sound, or into pictures."""
     file = open_latent(latents)
-    path = output or Path(fitting(_bare_name(latents), f"_decoded{_usual_suffix(file.meta.frames)}"))
     form = form_of(crf, codec, bits, pix_fmt)
-    form.check(path, (file.meta.height, file.meta.width))
+    job = chosen(file, form, start, frames)
+    path = output or Path(fitting(_bare_name(latents), f"_decoded{_usual_suffix(job.frames)}"))
+    form.check(path, job.size)
     sound, missing = sound_of(file)
     paths = decoded_paths(file, path)
     inputs = [latents] + ([] if sound is None else [sound])
-    check_outputs(paths, overwrite=overwrite, inputs=inputs, frames=file.meta.frames)
+    check_outputs(paths, overwrite=overwrite, inputs=inputs, frames=job.frames)
     check_latent(file)
     vae = bounded(_load_for(file, weights, dtype, device), budget, ram, tiling, tile)
     if missing is not None:
@@ -210,10 +206,20 @@ def decode_command(
     meta = file.meta
     for text in lost_in_pictures(path, sound=sound is not None, times=meta.times is not None, aspect=meta.aspect):
         note(text)
-    with progress("decoding", file.meta.frames) as advance:
-        told = decode(vae, file, paths, form, sound=None if is_picture(path) else sound, advance=advance)
+    store = store_for(vae, job, paths, blended=tiling is TilingOption.blended) if resume else None
+    if store is not None and store.found:
+        note(f"{_frames(store.found)} of {job.frames} are there from an earlier run; goes on after them.")
+    elif store is None and unfinished_folder(paths[0]).is_dir():
+        note(f"{unfinished_folder(paths[0])} holds frames of a run that was not finished: with --resume they are used.")
+    try:
+        with progress("decoding", job.frames) as advance:
+            told = decode(vae, job, paths, sound=None if is_picture(path) else sound, store=store, advance=advance)
+    except BaseException:
+        if store is not None and store.frames:
+            note(f"{_frames(store.frames)} are kept in {store.folder}: the same command goes on after them.")
+        raise
     _say_told(told)
-    _say_written((_kind_of(path), made) for made in paths)
+    say_written((_kind_of(path), made) for made in paths)
 
 
 @app.command("reconstruct")
@@ -245,7 +251,7 @@ def reconstruct_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Send a video through a VAE and back; write it, a side-by-side, and say how close it is."""
-    clip = _open(video, start, frames, skip_damage=skip_damage, hdr=hdr)
+    clip = opened(video, start, frames, skip_damage=skip_damage, hdr=hdr.value)
     suffix = _usual_suffix(1 if clip.info.still else 2)
     plain = output or Path(fitting(video.stem, f"_reconstruction{suffix}"))
     beside = plain.with_name(fitting(plain.stem if output else video.stem, f"_side_by_side{plain.suffix}"))
@@ -264,7 +270,7 @@ def reconstruct_command(
     psnr, ssim = quality.mean
     count = len(quality.psnr)
     say(f"mean of {count} frame{'s' * (count != 1)}: PSNR {report.figure(psnr, 2)} dB, SSIM {report.figure(ssim, 4)}")
-    _say_written((("reconstruction", plain), ("side by side", beside)))
+    say_written((("reconstruction", plain), ("side by side", beside)))
 
 
 @app.command("download")
@@ -286,66 +292,11 @@ def download_command(
     say(f"{path}\nlicence: {official.licence}; from {official.page}")
 
 
-@app.command()
-@guarded
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the results; made if needed.")] = Path(
-        "cviv_vae_demo"
-    ),
-    dtype: DTypeOption = DType.auto,
-    device: Device = "auto",
-    frames: Frames = None,
-    budget: Budget = None,
-    ram: Ram = None,
-    tiling: Tiling = TilingOption.exact,
-    tile: Tile = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Send the bundled clip through both demo VAEs; write videos and a contact sheet."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; give a folder with -o.")
-    output.mkdir(parents=True, exist_ok=True)
-    sheet = output / "contact_sheet.png"
-    videos = {name: (output / f"{name}.mp4", output / f"{name}_side_by_side.mp4") for name in DEMO_NAMES}
-    check_outputs([path for pair in videos.values() for path in pair] + [sheet], overwrite=overwrite)
-    clip = _open(DEMO_CLIP, 0, frames)
-    shown = report.spread(clip.frames, DEMO_COLUMNS)
-    results: list[tuple[str, Quality, float]] = []
-    pickers: list[report.FramePicker] = []
-    for name, (plain, beside) in videos.items():
-        vae = bounded(load_weights(name, dtype, device), budget, ram, tiling, tile)
-        picker, began = report.FramePicker(shown), time.monotonic()
-        with progress(name, clip.frames) as advance:
-            quality, _ = reconstruct(vae, clip, plain=plain, beside=beside, seed=None, advance=advance, watch=picker)
-        results.append((f"{name} (z {vae.info.latent_channels})", quality, time.monotonic() - began))
-        pickers.append(picker)
-    _draw_sheet(sheet, clip, pickers, results)
-    show(report.summary_table(results))
-    say("Demo weights are small and briefly trained: they show that all works, not what the papers' models reach.")
-    _say_written([(name, path) for name, pair in videos.items() for path in pair] + [("contact sheet", sheet)])
-
-
-def _draw_sheet(
-    path: Path, clip: Clip, pickers: list[report.FramePicker], results: list[tuple[str, Quality, float]]
-) -> None:
-    shown = sorted(pickers[0].originals)
-    rows = [("Original", f"{clip.info.width} x {clip.info.height}", [pickers[0].originals[i] for i in shown])]
-    for label, picker, (_, quality, _) in zip(("CV-VAE demo", "IV-VAE demo"), pickers, results, strict=True):
-        psnr, ssim = quality.mean
-        rows.append((label, f"{psnr:.2f} dB, SSIM {ssim:.3f}", [picker.results[i] for i in shown]))
-    report.contact_sheet(path, title="CV-VAE and IV-VAE, demo weights", rows=rows, frames=shown)
-
-
 # ------------------------------------------------------------------------------------------------------ helpers
 
 
-def _open(
-    path: Path, start: int, frames: int | None, *, skip_damage: bool = False, hdr: HdrOption = HdrOption.tone_map
-) -> Clip:
-    clip = open_clip(path, start, frames, skip_damage=skip_damage, hdr=hdr.value)
-    for text in notes_on(clip):
-        note(text)
-    return clip
+def _frames(count: int) -> str:
+    return "1 frame" if count == 1 else f"{count} frames"
 
 
 def _bare_name(latents: Path) -> str:
@@ -380,11 +331,6 @@ def _load_for(file: LatentFile, weights: str | None, dtype: DType, device: str) 
             f"{vae.family} with {vae.info.latent_channels}; name the weights that made it with --weights."
         )
     return vae
-
-
-def _say_written(files: Iterable[tuple[str, Path]]) -> None:
-    for name, path in files:
-        say(f"{name}: {path}")
 
 
 def _say_told(told: Iterable[str]) -> None:

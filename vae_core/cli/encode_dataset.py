@@ -12,7 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..dataset import Counts, EncodeJob, EncodeJobError, EncodeSettings
 from ..training.data import TrainingDataError
 from .guard import UserError, err, guarded, note, say
-from .options import Device, DType, DTypeOption, Seed, Weights, device_and_dtype
+from .options import (
+    Budget,
+    Device,
+    DType,
+    DTypeOption,
+    Ram,
+    Seed,
+    Tile,
+    Tiling,
+    TilingOption,
+    Weights,
+    device_and_dtype,
+    limits_of,
+)
 
 SKIPPED = 3  # exit code: done, but clips were left out
 _SHOWN = 10
@@ -52,6 +65,10 @@ def encode_dataset_command(
     clips_per_shard: Annotated[int, typer.Option("--clips-per-shard", min=1, help="Clips of a shard, at most.")] = 256,
     dtype: DTypeOption = DType.auto,
     device: Device = "auto",
+    budget: Budget = None,
+    ram: Ram = None,
+    tiling: Tiling = TilingOption.exact,
+    tile: Tile = None,
     ray: Annotated[
         str | None, typer.Option("--ray", help="Run on Ray: local, auto, or the address of a cluster.", metavar="WHERE")
     ] = None,
@@ -76,6 +93,7 @@ def encode_dataset_command(
             seed=seed,
             form=form.value,
             clips_per_shard=clips_per_shard,
+            limits=limits_of(budget, ram, tiling, tile),
         )
         job = EncodeJob(sources, output, settings)
         counts = _run(job, where, ray, workers)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..run.tiling import ReferencePlan
 from .guard import UserError, cell, err, guarded, note, say, show, visible, warn
-from .options import Device, DType, DTypeOption, device_and_dtype
+from .options import Budget, Device, DType, DTypeOption, Ram, Tile, Tiling, TilingOption, device_and_dtype, limits_of
 from .report import figure
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ def evaluate_command(
     clips: Annotated[int, typer.Option("--clips", min=0, help="Videos shown in the report, the worst.")] = 4,
     dtype: DTypeOption = DType.auto,
     device: Device = "auto",
+    budget: Budget = None,
+    ram: Ram = None,
+    tiling: Tiling = TilingOption.exact,
+    tile: Tile = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what the folder has measured.")] = False,
 ) -> None:
     """Measure VAEs on videos; write report.html, report.json, summary.csv and videos.csv.
@@ -100,7 +104,8 @@ def evaluate_command(
     names = [*(vae or ["demo-cv-vae"]), *([BASELINE] if baseline else [])]
     _check_vaes(names)
     try:
-        choices = [choose(name, device=where, dtype=kind, tiles=tiles) for name in names]
+        limits = limits_of(budget, ram, tiling, tile)
+        choices = [choose(name, device=where, dtype=kind, tiles=tiles, limits=limits) for name in names]
         coder = None if image_vae is None else image_coder(image_vae, device=where, dtype=kind)
     except ValueError as error:
         raise UserError(str(error)) from error

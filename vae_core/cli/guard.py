@@ -6,8 +6,9 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, ParamSpec, cast
 
@@ -75,6 +76,12 @@ def note(text: str) -> None:
 def warn(text: str) -> None:
     """One line to stderr that tells of a failure while the command goes on."""
     err.print(visible(text), soft_wrap=True, markup=False)
+
+
+def say_written(files: Iterable[tuple[str, Path]]) -> None:
+    """What was made, and where it lies."""
+    for name, path in files:
+        say(f"{name}: {path}")
 
 
 def visible(text: str) -> str:

@@ -7,9 +7,9 @@ from typing import Annotated
 import torch
 import typer
 
+from ..door.limits import Limits
 from ..door.loading import load
 from ..door.vae import VideoVAE
-from ..run.tiling import TilePlan
 from .guard import UserError
 from .outputs import Form
 
@@ -85,6 +85,13 @@ PixFmt = Annotated[
 Video = Annotated[Path, typer.Argument(help="A video or an image file.", show_default=False)]
 
 
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep finished frames beside the result until it is complete, and go on after those of an earlier run.",
+    ),
+]
 Budget = Annotated[
     float | None,
     typer.Option(
@@ -110,21 +117,24 @@ Tile = Annotated[
 ]
 
 
-def bounded(vae: VideoVAE, budget: float | None, ram: float | None, tiling: TilingOption, tile: int | None) -> VideoVAE:
-    """The VAE, which keeps within what the options allow. Raises UserError for a choice that it does not have."""
-    if tiling is TilingOption.blended and not vae.model.family.reference_tiles:
-        raise UserError(f"--tiling blended: the official tiles are those of CV-VAE, and this is {vae.family}.")
-    return vae.within(
-        None if tile is None else TilePlan(tile=tile),
-        budget_bytes=gib(budget),
-        ram_bytes=gib(ram),
-        blended=tiling is TilingOption.blended,
+def limits_of(budget: float | None, ram: float | None, tiling: TilingOption, tile: int | None) -> Limits:
+    """What the options allow."""
+    return Limits(
+        budget_bytes=bytes_of(budget), ram_bytes=bytes_of(ram), blended=tiling is TilingOption.blended, tile=tile
     )
 
 
-def gib(count: float | None) -> int | None:
+def bounded(vae: VideoVAE, budget: float | None, ram: float | None, tiling: TilingOption, tile: int | None) -> VideoVAE:
+    """The VAE, which keeps within what the options allow. Raises UserError for a choice that it does not have."""
+    try:
+        return limits_of(budget, ram, tiling, tile).keep(vae)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def bytes_of(gib: float | None) -> int | None:
     """GiB in bytes; what is more than any machine has is a million."""
-    return None if count is None else int(min(count, 1e6) * 2**30)
+    return None if gib is None else int(min(gib, 1e6) * 2**30)
 
 
 def form_of(crf: float | None, codec: CodecOption | None, bits: int | None, pix_fmt: str | None) -> Form:

@@ -26,6 +26,11 @@ class Form:
     bits: int | None = None
     pix_fmt: str | None = None
 
+    @property
+    def deep(self) -> bool:
+        """Whether it has more than 8 bits."""
+        return self.bits not in (None, 8)
+
     def check(self, path: Path, size: tuple[int, int]) -> None:
         """Raise UserError or VideoError for a name or a choice that frames of `size` cannot be written with."""
         if not is_picture(path):

@@ -20,9 +20,9 @@ from .options import (
     Tiling,
     TilingOption,
     Weights,
+    bytes_of,
     device_named,
     dtype_for,
-    gib,
     load_weights,
 )
 
@@ -70,8 +70,8 @@ def plan_command(
     compression = vae.info.compression
     latents = compression.latent_frames(frames)
     asked: PlanOptions = {
-        "budget_bytes": gib(budget),
-        "ram_bytes": gib(ram),
+        "budget_bytes": bytes_of(budget),
+        "ram_bytes": bytes_of(ram),
         "blended": tiling is TilingOption.blended,
         "device": where,
         "dtype": kind,

@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..door.output import NotFiniteError
 from ..door.vae import VideoVAE
-from ..errors import LatentFileError, VideoError
-from ..media.audio import SIDECAR_START, save_sound
-from ..media.latents import LatentFile, LatentMeta, LatentWriter, sound_name
-from ..media.opening import open_media, sound_stream
+from ..errors import VideoError
+from ..media.audio import save_sound
+from ..media.latents import LatentMeta, LatentWriter, sound_name
 from ..media.pictures import PictureWriter, is_picture
 from ..media.pixels import Hdr
 from ..media.scanning import timeline_of
 from ..media.timeline import Timeline
 from ..media.video import VideoInfo, VideoWriter, checked_stop, losses, probe, read_frames
 from ..metrics import frame_quality
-from .guard import UserError
+from .guard import UserError, note
 from .outputs import Form
 
 Advance = Callable[[int], None]
@@ -78,7 +76,7 @@ class Clip:
             path,
             fps=self.timeline.fps,
             size=size,
-            **_uneven(self.times),
+            **uneven(self.times),
             aspect=self.info.aspect,
             audio_from=self.path if self.info.has_audio else None,
             audio_range=self.sound_range,
@@ -143,13 +141,13 @@ def encoded(
     for chunk in vae.encode_stream(counted(), pad=True, sample=seed is not None, generator=generator):
         if not torch.isfinite(chunk).all():
             raise UserError(
-                f"Encoding gives NaN or infinity from latent frame {done} on. {_remedy(vae.dtype)} Nothing was written."
+                f"Encoding gives NaN or infinity from latent frame {done} on. {remedy(vae.dtype)} Nothing was written."
             )
         done += chunk.shape[2]
         yield chunk
 
 
-def _remedy(dtype: torch.dtype) -> str:
+def remedy(dtype: torch.dtype) -> str:
     if dtype == torch.float16:
         return "float16 overflows with these weights: choose --dtype bfloat16 or float32."
     return "The weights are damaged or were trained to nothing: use other weights."
@@ -183,106 +181,7 @@ def encode(vae: VideoVAE, clip: Clip, path: Path, *, seed: int | None, advance: 
         return writer.finish(frames=count)
 
 
-def sound_of(file: LatentFile) -> tuple[Path | None, str | None]:
-    """The sound of a latent file; or None and, where it should be there, why not."""
-    if file.meta.audio is None:
-        return None, None
-    path = file.path.with_name(file.meta.audio)
-    if not path.exists() and file.path.with_name(sound_name(file.path)).exists():
-        path = file.path.with_name(sound_name(file.path))  # both were given another name
-    try:
-        with open_media(path) as container:
-            if sound_stream(container) is None:
-                return None, f"The sound is left out: {path} holds none."
-    except VideoError as error:
-        return None, f"The sound is left out: {error}"
-    return path, None
-
-
-def check_latent(file: LatentFile) -> None:
-    """Raise LatentFileError where the latent holds values that are no numbers."""
-    done = 0
-    for chunk in file.chunks():
-        if not torch.isfinite(chunk).all():
-            raise LatentFileError(
-                f"{file.path}: holds NaN or infinity from latent frame {done} on, so it cannot be decoded; encode or "
-                "sample it again."
-            )
-        done += chunk.shape[2]
-
-
-def decoded_paths(file: LatentFile, path: Path) -> list[Path]:
-    """Where the clips of a latent file are decoded to: `path` for one, numbered for a batch."""
-    count = file.shape[0]
-    return [path] if count == 1 else [path.with_name(f"{path.stem}_{n}{path.suffix}") for n in range(1, count + 1)]
-
-
-def decode(
-    vae: VideoVAE, file: LatentFile, paths: list[Path], form: Form, *, sound: Path | None, advance: Advance
-) -> list[str]:
-    """Write the videos of a latent file, with the sound at `sound`; returns what did not come through as it was."""
-    try:
-        return _decode(vae, file, paths, form, sound, advance)
-    except NotFiniteError as error:  # the latent itself has been looked at
-        raise UserError(
-            f"Decoding gives NaN or infinity in chunk {error.chunk} of the video. {_remedy(vae.dtype)} Nothing was "
-            "written."
-        ) from error
-
-
-def _decode(
-    vae: VideoVAE, file: LatentFile, paths: list[Path], form: Form, sound: Path | None, advance: Advance
-) -> list[str]:
-    meta = file.meta
-    size = meta.height, meta.width
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(_decoded_writer(path, meta, form, sound)) for path in paths]
-        for chunk in (
-            vae.decode_frames(file.chunks(), dtype=torch.uint8, lent=True, check=True, frames=meta.frames, size=size)
-            if form.bits in (None, 8)
-            else _deep(vae, file, size)
-        ):
-            for writer, frames in zip(writers, chunk, strict=True):
-                if frames.dtype == torch.uint8:
-                    writer.write_pixels(frames)
-                else:
-                    writer.write(frames[None])
-            advance(chunk.shape[1] if chunk.dtype == torch.uint8 else chunk.shape[2])
-        return [sentence for writer in writers for sentence in writer.told]
-
-
-def _deep(vae: VideoVAE, file: LatentFile, size: tuple[int, int]) -> Iterator[Tensor]:
-    """(b, 3, t, h, w) in [-1, 1], for files of more than 8 bits."""
-    left = file.meta.frames
-    for number, chunk in enumerate(vae.decode_stream(file.chunks(), size=size)):
-        if not torch.isfinite(chunk).all():
-            raise NotFiniteError(number)
-        if left > 0:
-            yield chunk[:, :, :left].float().cpu()
-        left -= chunk.shape[2]
-
-
-def _decoded_writer(path: Path, meta: LatentMeta, form: Form, sound: Path | None) -> Writer:
-    size = meta.height, meta.width
-    if is_picture(path):
-        return PictureWriter(path, size=size, count=meta.frames, bits=form.bits)
-    length = meta.times[-1] if meta.times else meta.frames / meta.fps
-    return VideoWriter(
-        path,
-        fps=meta.fps,
-        size=size,
-        **_uneven(meta.times),
-        aspect=meta.aspect,
-        audio_from=sound,
-        audio_range=(SIDECAR_START, SIDECAR_START + length),
-        crf=form.crf,
-        codec=form.codec,
-        bits=form.bits,
-        pix_fmt=form.pix_fmt,
-    )
-
-
-def _uneven(times: list[Fraction] | tuple[Fraction, ...] | None) -> dict[str, Any]:
+def uneven(times: list[Fraction] | tuple[Fraction, ...] | None) -> dict[str, Any]:
     return {} if times is None else {"times": times[:-1], "end": times[-1]}
 
 
@@ -322,7 +221,7 @@ def reconstruct(
             if not torch.isfinite(result).all():
                 raise UserError(
                     f"Decoding gives NaN or infinity between frames {first.frames} and {first.frames + count - 1}. "
-                    f"{_remedy(vae.dtype)} Nothing was written."
+                    f"{remedy(vae.dtype)} Nothing was written."
                 )
             if watch is not None:
                 watch(first.frames, original, result)
@@ -350,3 +249,11 @@ def notes_on(clip: Clip) -> Iterator[str]:
         )
     if not clip.timeline.even:
         yield f"{clip.path} has a varying frame rate; every frame keeps its time."
+
+
+def opened(path: Path, start: int, frames: int | None, *, skip_damage: bool = False, hdr: Hdr = "tone-map") -> Clip:
+    """`open_clip`, and say what a user should know."""
+    clip = open_clip(path, start, frames, skip_damage=skip_damage, hdr=hdr)
+    for text in notes_on(clip):
+        note(text)
+    return clip

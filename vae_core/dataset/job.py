@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..door.limits import NO_LIMITS, Limits
 from ..door.loading import DEMO_WEIGHTS, load
 from ..door.vae import VideoVAE
-from ..errors import VideoError
+from ..errors import BudgetError, VideoError
 from ..evaluation.protocols import cover
 from ..training.clip_decoding import clip_rate, damage_of, read_picked
 from ..training.clip_files import ClipFile, list_clips
@@ -54,7 +55,7 @@ class EncodeSettings:
     weights: a file, a folder or the name of demo weights. dtype: of the computation; stored: of the latents. size:
     (height, width) that pictures are made to cover and cut to, never enlarged; None leaves them. frames: of each video,
     from its beginning; None takes all. stride: every so manyth frame. seed: draws from the posterior; None takes its
-    mean. form: of the shards. clips_per_shard: at most.
+    mean. form: of the shards. clips_per_shard: at most. limits: of memory.
     """
 
     weights: str
@@ -66,6 +67,7 @@ class EncodeSettings:
     seed: int | None = None
     form: ShardFormat = "safetensors"
     clips_per_shard: int = 256
+    limits: Limits = NO_LIMITS
 
     def __post_init__(self) -> None:
         numbers = (self.stride, self.frames or 1, self.clips_per_shard, *(self.size or (1, 1)))
@@ -81,7 +83,13 @@ class EncodeSettings:
     def described(self) -> dict[str, Any]:
         """For the folder: what must be the same when the job goes on."""
         texts = {name: str(value) if isinstance(value, torch.dtype) else value for name, value in asdict(self).items()}
-        return json.loads(json.dumps(texts | {"weights": _digest(self.weights)}))
+        del texts["limits"]
+        blended = {"blended": True} if self.limits.blended else {}
+        return json.loads(json.dumps(texts | blended | {"weights": _digest(self.weights)}))
+
+    def load(self, device: torch.device | str) -> VideoVAE:
+        """The VAE that encodes, within its limits."""
+        return self.limits.keep(load(self.weights, device=device, dtype=self.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +156,7 @@ class EncodeJob:
         """Encode what is left, in this process; returns the counts, which the manifest has too."""
         try:
             if self.pending():
-                vae = load(self.settings.weights, device=device, dtype=self.settings.dtype)
+                vae = self.settings.load(device)
                 for row in self.pending():
                     encode_row(vae, row.file, row.key, self.part(row), self.settings)
                     self.finished(row.id, progress)
@@ -312,7 +320,7 @@ def encode_row(vae: VideoVAE, file: ClipFile | None, key: str, part: Path, setti
         if file is None:
             raise TrainingDataError(f"{key}: is no longer in the sources.")
         latent, info = encode_clip(vae, file, key, part.stem, settings)
-    except (VideoError, TrainingDataError) as error:
+    except (VideoError, TrainingDataError, BudgetError) as error:
         logger.warning("Left out: %s", error)
         write_json(part.with_suffix(".json"), {"id": part.stem, "key": key, "reason": str(error)})
         return

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..door.loading import load
 from .job import Counts, EncodeJob, EncodeJobError, EncodeSettings, PlannedClip, Progress, encode_row
 
 _MOST_TASKS = 2000
@@ -25,7 +24,7 @@ class _Encoder:
 
     def __init__(self, settings: EncodeSettings, device: str) -> None:
         self._settings = settings
-        self._vae = load(settings.weights, device=device, dtype=settings.dtype)
+        self._vae = settings.load(device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for part, packed in zip(batch["part"], batch["clip"], strict=True):

@@ -14,7 +14,8 @@ from ..plan.planner import Budget, Plan, PlanOptions, budget_of, choose, describ
 from ..plan.rates import Rates, rates_of
 from ..plan.task import Task
 from ..run.executor import Pass
-from ..run.stream import Recover, run_chunks
+from ..run.snapshots import Snapshots
+from ..run.stream import Between, Recover, RunOptions, run_chunks
 from ..run.tiling import AnyPlan
 from ..run.windows import check_whole, pad_stream, rechunk, whole_stream
 from .checks import check_clip, check_frames, checked, draw, runs_on, size_checked
@@ -22,7 +23,6 @@ from .info import VAEInfo
 from .output import collect, host_frames, trimmed
 
 Progress = Callable[[int, int], None]
-Between = Callable[[], None]
 VIDEO, LATENT = ("video", "frames in [-1, 1]"), ("latent", "unit-scale values")
 
 
@@ -72,32 +72,29 @@ class VideoVAE:
         pad: bool = False,
         sample: bool = False,
         generator: torch.Generator | None = None,
-        plan: AnyPlan = None,
-        recover: Recover | None = None,
         progress: Progress | None = None,
+        **run: Unpack[RunOptions],
     ) -> Tensor:
         """Latent of a whole clip: the posterior mean, or a draw from the posterior with `sample`.
 
         video: (b, 3, t, h, w) in [-1, 1] with t = 1 + 4N (any t for image VAEs) and h, w multiples of 8; with `pad`,
         any t, h, w: the last frame and the right and bottom edge are repeated, and `decode(..., frames=t, size=(h, w))`
-        gives back what went in. generator: makes the draw repeatable. plan, recover: how to run and what to do when
-        memory runs out, as in `decode`. progress: called with (latents done, latents in all) after every chunk.
+        gives back what went in. generator: makes the draw repeatable. progress: called with (latents done, latents in
+        all) after every chunk. run: `RunOptions`.
         Returns (b, z, t', h', w'). Raises ValueError for a wrong shape or dtype, or weights without an encoder.
         """
         self._check_video(video, pad=pad)
-        stream = self.encode_stream([video], pad=pad, sample=sample, generator=generator, plan=plan, recover=recover)
+        stream = self.encode_stream([video], pad=pad, sample=sample, generator=generator, **run)
         return collect(stream, self._compression.latent_frames(video.shape[2]), dim=2, progress=progress)
 
-    def moments(
-        self, video: Tensor, *, pad: bool = False, plan: AnyPlan = None, recover: Recover | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def moments(self, video: Tensor, *, pad: bool = False, **run: Unpack[RunOptions]) -> tuple[Tensor, Tensor]:
         """(mean, logvar) of the posterior of a whole clip, each (b, z, t', h', w'), unscaled, logvar not clamped.
 
         Arguments and errors as in `encode`.
         """
         self._check_video(video, pad=pad)
         total = self._compression.latent_frames(video.shape[2])
-        mean, logvar = collect(self._moments([video], pad, plan, recover, None), total, dim=2).chunk(2, dim=1)
+        mean, logvar = collect(self._moments([video], pad, run), total, dim=2).chunk(2, dim=1)
         return mean, logvar
 
     def encode_stream(
@@ -107,32 +104,27 @@ class VideoVAE:
         pad: bool = False,
         sample: bool = False,
         generator: torch.Generator | None = None,
-        plan: AnyPlan = None,
-        recover: Recover | None = None,
-        between: Between | None = None,
+        **run: Unpack[RunOptions],
     ) -> Iterator[Tensor]:
         """Latents of a stream of (b, 3, t, h, w) clips, any t each, as (b, z, t', h', w'); holds one chunk.
 
         How the stream is cut does not change the result. Without `pad`, raises ValueError at the end of a stream that
-        did not have 1 + 4N frames. between: called after every step of the network on every tile, in the middle of a
-        chunk, and what it raises ends the run: for progress and cancelling. Other arguments as in `encode`.
+        did not have 1 + 4N frames. Arguments as in `encode`.
         """
         family, config = self.model.family, self.model.config
-        for moments in self._moments(frames, pad, plan, recover, between):
+        for moments in self._moments(frames, pad, run):
             mean, logvar = moments.chunk(2, dim=1)
             latent = draw(mean, logvar, generator, family.clamp) if sample else mean
             yield family.from_network(config, latent)
             del moments, mean, logvar, latent  # not while the next chunk runs
 
-    def _moments(
-        self, frames: Iterable[Tensor], pad: bool, plan: AnyPlan, recover: Recover | None, between: Between | None
-    ) -> Iterator[Tensor]:
+    def _moments(self, frames: Iterable[Tensor], pad: bool, run: RunOptions) -> Iterator[Tensor]:
         """(mean, logvar) of every chunk, side by side along channels."""
         clips = checked(frames, self.family, 3, *VIDEO)
         clips = (pad_stream if pad else whole_stream)(clips, self._compression)
         chunks = rechunk(clips, self.model.family.frames)
         drop = 0
-        for moments in self._run("encode", chunks, plan, recover, between):
+        for moments in self._run("encode", chunks, **run):
             yield moments[:, :, drop:]
             del moments
             drop = self.model.family.latents.overlap
@@ -145,19 +137,14 @@ class VideoVAE:
         *,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
-        plan: AnyPlan = None,
-        recover: Recover | None = None,
         progress: Progress | None = None,
+        **run: Unpack[RunOptions],
     ) -> Tensor:
         """Frames of a whole latent.
 
         latent: (b, z, t', h', w'), as `encode` gives it.
         frames: how many to return, from the first; size: (height, width) to return, from the top left: what `pad` added
-        goes. plan: how to run: None for whole frames, a `TilePlan` for exact tiles, a `ReferencePlan` for the official
-        tiling of CV-VAE; `plan_decode` chooses one. recover: called with the error and the plan when memory runs out;
-        it returns the plan by which to go on at the failed chunk, or None to give up, and the error is raised. What
-        was done before stays; the tensors of the failed chunk are freed by then. progress: called with (frames done,
-        frames in all) after every chunk.
+        goes. progress: called with (frames done, frames in all) after every chunk. run: `RunOptions`.
         Returns (b, 3, t, h, w), nominally in [-1, 1], not clamped; all frames unless `frames` is given.
         Raises ValueError for a wrong shape, dtype, `frames` or `size`, or weights without a decoder.
         """
@@ -165,7 +152,7 @@ class VideoVAE:
         if latent.shape[2] == 0:
             raise ValueError("The latent has no frames; give at least one.")
         total = check_frames(frames, latent.shape[2], self._compression)
-        stream = self.decode_stream(latent, frames=frames, size=size, plan=plan, recover=recover)
+        stream = self.decode_stream(latent, frames=frames, size=size, **run)
         return collect(stream, total, dim=2, progress=progress)
 
     def decode_stream(
@@ -175,17 +162,17 @@ class VideoVAE:
         start: int = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
-        plan: AnyPlan = None,
-        recover: Recover | None = None,
-        between: Between | None = None,
+        snapshots: Snapshots | None = None,
+        **run: Unpack[RunOptions],
     ) -> Iterator[Tensor]:
         """Frames of a latent, or of a stream of (b, z, t', h', w') of any t', chunk by chunk; holds one chunk.
 
         Stops after frame `frames` - 1, and raises ValueError if the stream ends before. start: frames before this one
-        are left out; chunks that lie before it are not computed, unless later ones depend on them (IV-VAE). between: as
-        in `encode_stream`. Other arguments as in `decode`.
+        are left out; chunks that lie before it are not computed, unless later ones depend on them (IV-VAE). snapshots:
+        kept of what later chunks depend on; a later call for the same latent begins at the nearest one before `start`.
+        Other arguments as in `decode`.
         """
-        return self._decoded(latent, start, frames, size, plan, recover, between, bring_back=True)
+        return self._decoded(latent, start, frames, size, snapshots, run, bring_back=True)
 
     def decode_frames(
         self,
@@ -197,18 +184,17 @@ class VideoVAE:
         start: int = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
-        plan: AnyPlan = None,
-        recover: Recover | None = None,
-        between: Between | None = None,
+        snapshots: Snapshots | None = None,
+        **run: Unpack[RunOptions],
     ) -> Iterator[Tensor]:
         """As `decode_stream`, to be shown or written: (b, t, h, w, 3) in RAM, clamped.
 
         dtype: torch.uint8 for 0 to 255, torch.float32 or torch.float16 for 0 to 1. On a GPU the pixels are made there,
         and copied while the next chunk is computed: each comes one later. lent: frames are good until the next are
         asked for, for those who do not keep them. check: raise `NotFiniteError` at the first chunk with NaN or
-        infinity. Other arguments as in `decode`. Raises ValueError for another dtype.
+        infinity. Other arguments as in `decode_stream`. Raises ValueError for another dtype.
         """
-        chunks = self._decoded(latent, start, frames, size, plan, recover, between, bring_back=False)
+        chunks = self._decoded(latent, start, frames, size, snapshots, run, bring_back=False)
         return host_frames(chunks, self.device, dtype, lent=lent, check=check)
 
     def _decoded(
@@ -217,19 +203,20 @@ class VideoVAE:
         start: int,
         frames: int | None,
         size: tuple[int, int] | None,
-        plan: AnyPlan,
-        recover: Recover | None,
-        between: Between | None,
+        snapshots: Snapshots | None,
+        run: RunOptions,
         *,
         bring_back: bool,
     ) -> Iterator[Tensor]:
         family, config = self.model.family, self.model.config
         clips = checked([latent] if isinstance(latent, Tensor) else latent, family.id, config.latent_channels, *LATENT)
         space = family.compression.space
-        skipped = 0 if any(step.slots() for step in self.model.steps("decode")) else family.frames.before(start)
+        skipped = family.frames.before(start)
+        if any(step.slots() for step in self.model.steps("decode")):
+            skipped = 0 if snapshots is None else snapshots.before(skipped)
         sized = (size_checked(chunk, size, space) for chunk in rechunk(clips, family.latents))
         chunks = (family.to_network(config, chunk) for chunk in islice(sized, skipped, None))
-        decoded = self._run("decode", chunks, plan, recover, between, bring_back=bring_back)
+        decoded = self._run("decode", chunks, **run, snapshots=snapshots, skipped=skipped, bring_back=bring_back)
         gone = family.frames.until(skipped)
         yield from trimmed(decoded, family.frames.overlap, frames, size, start=start, gone=gone)
 
@@ -274,16 +261,19 @@ class VideoVAE:
         self,
         direction: Direction,
         chunks: Iterable[Tensor],
-        plan: AnyPlan,
-        recover: Recover | None,
-        between: Between | None,
         *,
+        plan: AnyPlan = None,
+        recover: Recover | None = None,
+        between: Between | None = None,
+        snapshots: Snapshots | None = None,
+        skipped: int = 0,
         bring_back: bool = True,
     ) -> Iterator[Tensor]:
         if self._limits is not None and plan is None and recover is None:
             chunks, plan, recover = self._planned(direction, chunks, self._limits[1], self._limits[0])
         work = Pass(self.model, direction, plan, compiled=self._compiled, between=between or (lambda: None))
-        return run_chunks(chunks, work, device=self.device, dtype=self.dtype, recover=recover, bring_back=bring_back)
+        done = run_chunks(chunks, work, device=self.device, dtype=self.dtype, recover=recover, bring_back=bring_back)
+        return done if snapshots is None else snapshots.kept(done, work, skipped)
 
     # ---------------------------------------------------------------------------------------------- planning
 

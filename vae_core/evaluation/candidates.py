@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..door.limits import NO_LIMITS, Limits
 from ..door.loading import DEMO_WEIGHTS, load
 from ..door.vae import VideoVAE
 from ..families import VIDEO
@@ -157,9 +158,11 @@ def choose(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tiles: ReferencePlan | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> Choice:
     """The candidate that `spec` names: demo-cv-vae, a weights file or folder of ours, a folder of one of diffusers'
     VAEs, or shrink-8x. With "+reference-tiles" at its end, one of ours runs in the official tiles (or in `tiles`).
+    limits: of the memory of ours.
 
     Raises ValueError where a folder is of a diffusers VAE and diffusers is not installed.
     """
@@ -170,7 +173,8 @@ def choose(
     path = DEMO_WEIGHTS.get(bare, Path(bare))
     name = f"{bare if bare in DEMO_WEIGHTS else path.stem or path.name}{TILED if plan else ''}"
     kind = _diffusers_class(path)
-    identity = f"{_identity(path)}, {dtype}, {plan}"
+    blended = ", blended" if limits.blended else ""  # exact plans give the same
+    identity = f"{_identity(path)}, {dtype}, {plan}{blended}"
     if kind is not None:
         model_class = _diffusers(kind)
         return Choice(
@@ -180,16 +184,18 @@ def choose(
                 model_class.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True).to(device).eval(), kind
             ),
         )
-    return Choice(name=name, identity=identity, load=lambda: _native(bare, device, dtype, plan))
+    return Choice(name=name, identity=identity, load=lambda: _native(bare, device, dtype, plan, limits))
 
 
-def _native(spec: str, device: torch.device | str, dtype: torch.dtype, plan: ReferencePlan | None) -> Native:
+def _native(
+    spec: str, device: torch.device | str, dtype: torch.dtype, plan: ReferencePlan | None, limits: Limits
+) -> Native:
     vae = load(spec, device=device, dtype=dtype)
     if plan is not None and not vae.model.family.reference_tiles:
         raise ValueError(
             f"{spec}{TILED}: the official tiles are those of CV-VAE, and this is {vae.family}; leave them out."
         )
-    return Native(vae, plan)
+    return Native(limits.keep(vae), plan)
 
 
 def image_coder(path: Path, *, device: torch.device | str, dtype: torch.dtype) -> DiffusersImages:

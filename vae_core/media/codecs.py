@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import av
+import torch
 from av.codec.codec import UnknownCodecError
 
 from ..errors import VideoError
@@ -125,11 +126,18 @@ def _quality(codec: Codec, crf: float | None, form: str, name: str) -> dict[str,
         raise VideoError(f"{name}: the quality crf is {crf:g}; {codec} takes 0 (lossless) to {worst}.")
     if codec == "h264":
         quality = {"crf": f"{crf:g}"} if crf else {"qp": "0"}  # crf 0 is lossless with 8 bits alone
-        return quality | {"preset": "medium"}
+        return quality | {"preset": "medium"} | _repeatable()
     if codec == "vp9":
         return {"crf": f"{crf:g}", "b": "0", "cpu-used": "4"} | ({} if crf else {"lossless": "1"})
     lossless = {} if crf else {"svtav1-params": "lossless=1"}  # crf 0 would be its default
     return {"preset": "8", "crf": f"{crf or 1:g}"} | lossless
+
+
+def _repeatable() -> dict[str, str]:
+    """Options by which x264 writes the same file twice: its functions for AVX-512 (mbtree) do not, in 8 bits, where
+    a frame is not a multiple of 256 pixels wide."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return {"x264-params": "asm=avx2"} if wide else {}
 
 
 def check_output_name(path: Path) -> None:

@@ -262,7 +262,7 @@ def required(plan: Plan, task: Task, budget: Budget, *, on_cpu: bool) -> Plan:
     raise BudgetError(
         f"To {task.direction} {width}x{height} with {task.family.id} does not fit {allowed} of device memory{ram}: "
         f"the smallest budget in which it can be done exactly is {least:g} GiB. Give that, or smaller frames"
-        f"{', or the tiling exact, else blended' if blended else ''}."
+        f"{', or allow blended tiling' if blended else ''}."
     )
 
 

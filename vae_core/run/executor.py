@@ -7,7 +7,7 @@ frames run on those. A whole frame is a single tile, cut into strips where a ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +86,7 @@ class Pass:
         self._streams = any(step.slots() for step in self.steps)
         self._kernels = Kernels()
         self._first = True
+        self._recalled: dict[str, Tensor] = {}
         self._device = torch.device("cpu")
         self._latent: Size = (0, 0)  # of a frame
         self._segments: list[Segment] = []
@@ -130,6 +131,30 @@ class Pass:
         if isinstance(self.plan, TilePlan) and self._streams:
             self._tracks = [track for old in self._tracks for track in self._cut(old, self.plan)]
 
+    def remembered(self) -> dict[str, Tensor]:
+        """What layers remember of the chunks so far, of whole frames, in RAM; empty where chunks stand alone."""
+        found: dict[str, Tensor] = {}
+        for slot, size, pairs in self._slots(self._tracks):
+            for track, region in pairs:
+                frames = track.memory.get(slot, torch.device("cpu"))
+                if frames is not None:
+                    if slot not in found:
+                        found[slot] = frames.new_empty(*frames.shape[:3], *size)
+                    region.of(found[slot]).copy_(frames)
+        return found
+
+    def recall(self, remembered: dict[str, Tensor]) -> None:
+        """Begin after the chunks of which layers remembered this."""
+        self._recalled, self._first = remembered, False
+
+    def _slots(self, tracks: Sequence[Track]) -> Iterator[tuple[str, Size, list[tuple[Track, Region]]]]:
+        """Every slot, the size of its frames, and the region of them that each track remembers."""
+        for segment in self._segments:
+            regions = [] if segment.whole else [segment.regions(track.core, self._latent) for track in tracks]
+            for i, step in enumerate(segment.steps):
+                for slot in step.slots() if regions else ():
+                    yield slot, segment.sizes[i], [(t, r[i]) for t, r in zip(tracks, regions, strict=True)]
+
     def _run(self, chunk: Tensor) -> Tensor:
         if not isinstance(self.plan, ReferencePlan):
             return self._frame(chunk)
@@ -171,6 +196,11 @@ class Pass:
         whole = full(self._latent)
         cores = self.plan.tiles(whole) if isinstance(self.plan, TilePlan) else [whole]
         self._tracks = self._new_tracks(cores)
+        for slot, _, pairs in self._slots(self._tracks):
+            for track, region in pairs:
+                if slot in self._recalled:
+                    track.memory.put(slot, self._placed(region.of(self._recalled[slot])))
+        self._recalled = {}
 
     @property
     def _store(self) -> Store:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,25 @@ from .tiling import AnyPlan
 
 # called with the error and the plan that ran; gives the plan to go on by, or None to give up
 Recover = Callable[[Exception, AnyPlan], AnyPlan]
+Between = Callable[[], None]
+
+
+class RunOptions(TypedDict, total=False):
+    """How a clip runs.
+
+    plan: None for whole frames, a `TilePlan` or `StripPlan` for exact tiles or strips, a `ReferencePlan` for the
+    official tiling of CV-VAE; `plan_decode` and `plan_encode` choose one.
+    recover: called with the error and the plan when memory runs out; it returns the plan by which to go on at the
+    failed chunk, or None to give up, and the error is raised. What was done before stays; the tensors of the failed
+    chunk are freed by then.
+    between: called after every step of the network on every tile, in the middle of a chunk; what it raises ends the
+    run: for progress and cancelling.
+    """
+
+    plan: AnyPlan
+    recover: Recover | None
+    between: Between | None
+
 
 OUT_OF_MEMORY_TEXTS = (
     "out of memory",  # CUDA, ROCm, MPS

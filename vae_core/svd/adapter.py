@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..weights.headers import UnreadableError, open_safetensors, read_header, sniff
-from ..weights.writing import write_safetensors
+from ..weights.tensors import read_tensors, write_tensors
 
 LAYER = "diffusion_model.out.2"
 FORMAT = "cviv-vae svd output adapter"
@@ -95,31 +93,6 @@ def save_adapter(
     tensors = {str(_DIFFERENCE[0]): difference.weight, str(_DIFFERENCE[1]): difference.bias}
     texts = {**(metadata or {}), "format": FORMAT, "format_version": VERSION}
     write_tensors(Path(path), tensors, texts)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, complete or not there at all."""
-    if path.suffix.lower() != ".safetensors":
-        raise CheckpointError(f"Cannot save {path.name}: give a name that ends in .safetensors.")
-    if not path.parent.is_dir():
-        raise CheckpointError(f"Cannot save {path.name}: the folder {path.parent} does not exist. Make it first.")
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_safetensors(path, kept, metadata)
-
-
-def read_tensors(path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and texts of a safetensors file of up to `largest` bytes. Raises CheckpointError for any other."""
-    try:
-        if sniff(path) != "safetensors":
-            raise UnreadableError("is a PyTorch or zip file, and a safetensors file is needed.")
-        if path.stat().st_size > largest:
-            raise UnreadableError(f"has {path.stat().st_size:,} bytes, and up to {largest:,} are read: a wrong file.")
-        header = read_header(path)
-        with open_safetensors(path) as file:
-            tensors = {name: file.get_tensor(name).clone() for name in header.shapes}
-    except (UnreadableError, safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return tensors, header.metadata
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .adapter import OutputLayer, output_layer, read_tensors, write_tensors
+from ..weights.tensors import read_tensors, write_tensors
+from .adapter import OutputLayer, output_layer
 
 Method = Literal["gradient descent", "ridge regression"]
 METHODS: tuple[Method, ...] = ("ridge regression", "gradient descent")

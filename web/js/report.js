@@ -67,6 +67,14 @@ class Report {
     this.element.append(this.head, this.details);
     this.text = "";
     this.fold(true);
+    // what the browser makes of it may be a line more than was reckoned
+    new ResizeObserver(() => {
+      const needed = this.head.offsetHeight + this.details.offsetHeight;
+      if (this.folded || !this.details.offsetHeight) return;
+      const by = needed - this.height();
+      this.needed = needed;
+      if (by > 0) changed(by);
+    }).observe(this.details);
     this.head.addEventListener("click", () => {
       const before = this.height();
       this.fold(!this.folded);
@@ -81,6 +89,7 @@ class Report {
 
   show(text) {
     this.text = text;
+    this.needed = 0;
     const [line, ...rest] = text.split("\n");
     this.line.textContent = this.head.title = line;
     this.details.textContent = rest.join("\n");
@@ -90,6 +99,7 @@ class Report {
 
   fold(on) {
     this.folded = on;
+    this.needed = 0;
     this.head.setAttribute("aria-expanded", String(!on));
     this.details.hidden = on;
   }
@@ -99,7 +109,8 @@ class Report {
     if (this.folded) return LINE + CHROME;
     const room = Math.max(100, (this.width ?? 300) - EDGES);
     const lines = (text) => text.split("\n").reduce((sum, line) => sum + linesOf(line, room), 0);
-    return LINE * lines(this.line.textContent) + CHROME + 5 + LINE * Math.min(MOST_LINES, lines(this.details.textContent));
+    const reckoned = LINE * lines(this.line.textContent) + CHROME + 5 + LINE * Math.min(MOST_LINES, lines(this.details.textContent));
+    return Math.max(reckoned, this.needed);
   }
 }
 
