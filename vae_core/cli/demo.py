@@ -8,7 +8,7 @@ import typer
 
 from ..door.loading import DEMO_FOLDER
 from . import report
-from .guard import UserError, guarded, say, say_written
+from .guard import UserError, guarded, say, say_written, show
 from .options import (
     Budget,
     Device,

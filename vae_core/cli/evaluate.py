@@ -1,7 +1,6 @@
 """The commands evaluate and build-set."""
 
 import importlib.util
-import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,19 @@ from rich.table import Table
 
 from ..run.tiling import ReferencePlan
 from .guard import UserError, cell, err, guarded, note, say, show, visible, warn
-from .options import Budget, Device, DType, DTypeOption, Ram, Tile, Tiling, TilingOption, device_and_dtype, limits_of
+from .options import (
+    Budget,
+    Device,
+    DType,
+    DTypeOption,
+    Ram,
+    Tile,
+    Tiling,
+    TilingOption,
+    device_and_dtype,
+    limits_of,
+    size_of,
+)
 from .report import figure
 
 if TYPE_CHECKING:
@@ -54,7 +65,7 @@ def evaluate_command(
         typer.Option(
             "--protocol",
             "-p",
-            help="webvid, kinetics-600, activitynet, 480p, 720p or 1080p; the options below change it.",
+            help="webvid, coco, kinetics-600, activitynet, 480p, 720p or 1080p; the options below change it.",
         ),
     ] = None,
     size: Size = None,
@@ -160,7 +171,7 @@ def build_set_command(
     found = without_sets(find_videos(videos, without=output))
     with _spinner() as (bar, task):
         built = build_set(
-            found, output, count=count, size=_size(size), frames=frames, per_video=per_video, crf=crf,
+            found, output, count=count, size=size_of(size), frames=frames, per_video=per_video, crf=crf,
             progress=lambda text: bar.update(task, description=visible(text), advance=1),
         )  # fmt: skip
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -197,20 +208,12 @@ def _protocol(
     chosen = PROTOCOLS[name] if name else Protocol(name="as asked")
     asked = replace(
         chosen,
-        size=_size(size) if size else chosen.size,
+        size=size_of(size) if size else chosen.size,
         frames=frames or chosen.frames,
         stride=stride or chosen.stride,
         start=start if start is not None else chosen.start,
     )
     return asked if name is None or asked == chosen else replace(asked, name=f"{name}, changed")
-
-
-def _size(text: str) -> tuple[int, int]:
-    """(height, width) of "WIDTHxHEIGHT"."""
-    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if found is None or min(int(found[1]), int(found[2])) < 16:
-        raise UserError(f"--size {text} is no size; give WIDTHxHEIGHT such as 1920x1080, 16 or more each.")
-    return int(found[2]), int(found[1])
 
 
 def _checked(plan: type[ReferencePlan], tile_px: int) -> ReferencePlan:

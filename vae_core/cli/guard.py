@@ -59,8 +59,12 @@ def say(text: str) -> None:
 
 def show(table: Table) -> None:
     """A table to stdout; where that is no terminal, as wide as its content, so that no name is cut or wrapped."""
-    wide = out.options.update(width=10_000)
-    out.print(table, width=None if out.is_terminal else out.measure(table, options=wide).maximum)
+    if out.is_terminal:
+        out.print(table)
+        return
+    wide = Console(file=out.file, width=10_000, highlight=False, emoji=False)
+    wide.width = wide.measure(table).maximum
+    wide.print(table)
 
 
 def cell(text: str) -> Text:
@@ -100,7 +104,7 @@ class Commands(TyperGroup):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
         try:
-            sys.exit(super().main(*args, standalone_mode=False, **extra))
+            sys.exit(super().main(*args, standalone_mode=False, **extra) or 0)
         except typer.Abort:
             sys.exit(1)
         except Exception as error:  # typer brings its own copy of click, or uses the one that is there

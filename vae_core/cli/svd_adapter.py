@@ -62,7 +62,7 @@ def train_svd_adapter_command(
     ridge: Annotated[
         float, typer.Option("--ridge", min=1e-9, help="How strongly ridge regression holds the old weights.")
     ] = 1e-3,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of clips, noise levels and noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of clips, noise levels and noise.")] = 0,
     frames: Annotated[int, typer.Option("--frames", min=_FEWEST, help="Of a clip; longer videos give several.")] = 97,
     width: Annotated[
         int, typer.Option("--width", min=_UNIT, help="Videos are scaled and cut to this width ...")

@@ -78,6 +78,7 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol(name="webvid", size=(256, 256), frames=33, stride=3, note="CV-VAE's protocol on WebVid."),
+        Protocol(name="coco", size=(256, 256), frames=1, note="Pictures, as CV-VAE is measured on COCO; chosen here."),
         Protocol(name="kinetics-600", size=(256, 256), frames=33, note="Size, length and stride are chosen here."),
         Protocol(name="activitynet", size=(256, 256), frames=33, note="Size, length and stride are chosen here."),
         Protocol(name="480p", size=(480, 848), frames=33, note=_OURS),
