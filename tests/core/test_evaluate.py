@@ -200,7 +200,7 @@ def test_other_settings_need_another_folder(here: Path) -> None:
 def test_presets() -> None:
     webvid = PROTOCOLS["webvid"]
     assert (webvid.size, webvid.frames, webvid.stride) == ((256, 256), 33, 3)
-    assert {"webvid", "kinetics-600", "activitynet", "480p", "720p", "1080p"} == set(PROTOCOLS)
+    assert {"webvid", "coco", "kinetics-600", "activitynet", "480p", "720p", "1080p"} == set(PROTOCOLS)
     assert all(protocol.note for protocol in PROTOCOLS.values())
 
 
@@ -329,7 +329,7 @@ def test_a_protocol_is_called_changed_where_it_is(
     ("words", "said"),
     [
         (("videos", "--vae", "nowhere.pth"), "--vae nowhere.pth: no such file or folder"),
-        (("videos", "--protocol", "imagenet"), "choose one of webvid, kinetics-600"),
+        (("videos", "--protocol", "imagenet"), "choose one of webvid, coco, kinetics-600"),
         (("videos", "--size", "huge"), "--size huge is no size; give WIDTHxHEIGHT"),
         (("nowhere",), "nowhere: no such file or folder"),
         (("videos", "--tile-px", "100"), "--tile-px: Tiles of 100 px"),
