@@ -271,7 +271,7 @@ class VideoVAE:
     ) -> Iterator[Tensor]:
         if self._limits is not None and plan is None and recover is None:
             chunks, plan, recover = self._planned(direction, chunks, self._limits[1], self._limits[0])
-        work = Pass(self.model, direction, plan, compiled=self._compiled, between=between or (lambda: None))
+        work = Pass(self.model, direction, plan, compiled=self._compiled, between=between)
         done = run_chunks(chunks, work, device=self.device, dtype=self.dtype, recover=recover, bring_back=bring_back)
         return done if snapshots is None else snapshots.kept(done, work, skipped)
 
