@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -294,6 +296,22 @@ def test_fvd_is_of_windows_of_sixteen_frames(here: Path) -> None:
     assert other.figures["fvd"] != same.figures["fvd"]
     features = torch.randn(3, 7)
     assert torch.equal(unpack(pack(features)), features)
+
+
+def test_lpips_of_another_file_needs_another_folder(here: Path) -> None:
+    path = video(here / "clip.mp4", frames=2, height=32, width=48)
+    network: Any = SimpleNamespace(kind="alex", frames=lambda ours, theirs: torch.zeros(ours.shape[2]))
+    choices = [Choice(name="same", identity="same", load=Shrink)]
+
+    def measured(file: str) -> int:
+        found = Networks(lpips=network, lpips_file=file)
+        return evaluate(
+            {"clip": path}, choices, here / "report", protocol=Protocol(name="x"), networks=found, pictures=False
+        ).measured
+
+    assert (measured("1a"), measured("1a")) == (1, 0)
+    with pytest.raises(ValueError, match="lpips"):
+        measured("2b")
 
 
 def test_offline_says_what_to_do(here: Path) -> None:
