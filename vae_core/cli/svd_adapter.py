@@ -37,7 +37,7 @@ from ..svd.session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, wi
 from ..svd.trainer import LATENT_SCALE, METHODS, AdapterTrainer, TrainSettings
 from .guard import UserError, err, guarded, note, say
 from .options import Device, DType, DTypeOption, Overwrite, device_and_dtype, load_weights
-from .work import check_outputs
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from ..svd.unet import ImageEncoder, ImageVAE
@@ -66,7 +66,7 @@ def train_svd_adapter_command(
     ridge: Annotated[
         float, typer.Option("--ridge", min=1e-9, help="How strongly ridge regression holds the old weights.")
     ] = 1e-3,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of clips, noise levels and noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of clips, noise levels and noise.")] = 0,
     frames: Annotated[int, typer.Option("--frames", min=FEWEST, help="Of a clip; longer videos give several.")] = 97,
     width: Annotated[int, typer.Option("--width", min=UNIT, help="Videos are scaled and cut to this width ...")] = 1024,
     height: Annotated[int, typer.Option("--height", min=UNIT, help="... and height.")] = 576,

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from ..atomic import atomic_write
+from ..weights.writing import write_torch
 
 FORMAT = "cviv-vae training 1"
 WEIGHTS = ".safetensors"  # ending of the VAE's weights that lie beside a checkpoint
@@ -41,8 +41,7 @@ class Checkpoints:
         """Write `state` as the checkpoint of `step`, then remove the oldest ones beyond `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:08d}.ckpt"
-        with atomic_write(path) as part:  # on the disk at the end, since the older ones are removed
-            torch.save({"format": FORMAT, "step": step, **state}, part)
+        write_torch(path, {"format": FORMAT, "step": step, **state})  # on the disk before the older ones are removed
         for _, old in self.all()[: -self.keep]:
             old.unlink()
             old.with_suffix(WEIGHTS).unlink(missing_ok=True)
