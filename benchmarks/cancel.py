@@ -2,8 +2,8 @@
 
     python benchmarks/cancel.py [WIDTHxHEIGHT]
 
-One chunk of each family's demo weights is encoded and decoded, in whole frames and in tiles or strips. Prints a Markdown
-table of seconds: the whole chunk, and the longest step. What ComfyUI, or a key, asks for takes effect after that.
+One chunk of each family's demo weights is encoded and decoded, in whole frames and in tiles or strips. Prints a
+Markdown table of seconds: the whole chunk, and the longest step, after which a cancel takes effect at the latest.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,7 +26,11 @@ def longest(chunks: Iterable[Tensor], marks: list[float]) -> tuple[float, float]
     for _ in chunks:
         pass
     marks.append(time.monotonic())
-    return marks[-1] - marks[0], max(b - a for a, b in zip(marks, marks[1:], strict=False))
+    return marks[-1] - marks[0], max(b - a for a, b in pairwise(marks))
+
+
+def _mark(marks: list[float]) -> None:
+    marks.append(time.monotonic())
 
 
 def main() -> None:
@@ -37,12 +43,11 @@ def main() -> None:
         frames = 17 if vae.family == "cv-vae" else 9
         video = torch.rand(1, 3, frames, height, width).mul_(2).sub_(1)
         cut = StripPlan(strips=8) if vae.family == "cv-vae" else TilePlan(tile=(16, None))
-        latent = torch.randn(1, vae.info.latent_channels, vae.info.compression.latent_frames(frames), height // 8, width // 8)
+        latent = torch.randn(
+            1, vae.info.latent_channels, vae.info.compression.latent_frames(frames), height // 8, width // 8
+        )
         for direction, plan in (("encode", None), ("encode", cut), ("decode", None), ("decode", cut)):
-
-            def mark() -> None:
-                marks.append(time.monotonic())
-
+            mark = partial(_mark, marks)
             with torch.inference_mode():
                 if direction == "encode":
                     run = vae.encode_stream([video], plan=plan, between=mark)

@@ -27,7 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from vae_core.cli.work import Form, open_clip
+from vae_core.cli.outputs import Form
+from vae_core.cli.work import open_clip
 from vae_core.media.sound import read_sound
 from vae_core.media.video import read_frames, timeline_of
 

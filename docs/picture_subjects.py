@@ -21,6 +21,7 @@ SUBJECTS = (
     "CVIV_SVDExtendClip",
     "CVIV_SVDLongVideo",
     "CVIV_DetailFusion",
+    "FrameInterpolate",
     "CVIV_TrainSVDAdapter",
     "CVIV_DecodeToVideo",
 )

@@ -1,6 +1,10 @@
 """The errors a user can cause: each is a `ValueError` whose text says what was got, what is allowed and what to do."""
 
-__all__ = ["BudgetError", "CheckpointError", "LatentFileError", "VideoError"]
+__all__ = ["AdapterError", "BudgetError", "CheckpointError", "LatentFileError", "VideoError"]
+
+
+class AdapterError(ValueError):
+    """SVD's output layer cannot be tuned: clips or a size that do not fit, or a result that would harm."""
 
 
 class BudgetError(ValueError):

@@ -225,6 +225,8 @@ class LazyVideo(Input.Video):
                 else:
                     writer.write(rearrange(chunk, "t h w c -> 1 c t h w") * 2 - 1)
             self._check_count(writer.frames)
+        for sentence in writer.told:
+            _log.warning("%s.", sentence)
         self._finished()
         if isinstance(target, (str, os.PathLike)):
             self._written.add(form, Path(target))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...vae_core import NotFiniteError
 from ...vae_core.families import FAMILIES, Compression
+from .latent import MOVED
 from .wire import FACTS, Facts, Layout, read_facts, samples_of
 
 
@@ -42,7 +43,12 @@ def decoded_facts(latent: Mapping[str, Any], z: Tensor, layout: Layout, family: 
         )
     elif frames is None and facts is made and isinstance(remembered.get("frames"), int):
         told.append(_other_length(remembered["frames"], count, compression))
-    if facts.size is None and isinstance(remembered.get("width"), int) and isinstance(remembered.get("height"), int):
+    if remembered.get(MOVED):
+        told.append(
+            f"the latent was mirrored or turned, so that padding may lie on any side: all {columns * space}x"
+            f"{rows * space} pixels are given"
+        )
+    elif facts.size is None and _was_padded(remembered, space):
         told.append(
             f"the latent is of {columns * space}x{rows * space} pixels now, and was made of "
             f"{remembered['width']}x{remembered['height']}: what padding it has is not known, and all is given"
@@ -51,6 +57,12 @@ def decoded_facts(latent: Mapping[str, Any], z: Tensor, layout: Layout, family: 
         told.append(f"{clips} clips of {frames or available} frames, one after another")
     height, width = facts.size or (rows * space, columns * space)
     return replace(facts, frames=frames or available, height=height, width=width), told
+
+
+def _was_padded(remembered: Mapping[str, Any], space: int) -> bool:
+    """Whether the video had a side that is no whole number of latents, so that it was padded."""
+    sides = [remembered.get(side) for side in ("height", "width")]
+    return all(isinstance(side, int) for side in sides) and any(side % space for side in sides)
 
 
 def check_finite(latent: Mapping[str, Any]) -> None:

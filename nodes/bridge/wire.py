@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ...vae_core.families import FAMILIES, VIDEO, Compression
+from .latent import FACTS, VideoLatent
 
 Layout = Literal["frames", "video", "images"]
-FACTS = "cviv"
 CHUNK = 16  # frames that go through the host at a time
 
 
@@ -143,11 +143,8 @@ def make_latent(samples: Tensor, facts: Facts, layout: Layout, base: Mapping[str
         "aspect": None if facts.aspect in (None, 1) else str(facts.aspect),
         "layout": layout,
     }
-    latent = {
-        **(base or {}),
-        "samples": samples,
-        FACTS: {name: value for name, value in told.items() if value is not None},
-    }
+    latent = VideoLatent(base or {})
+    latent |= {"samples": samples, FACTS: {name: value for name, value in told.items() if value is not None}}
     if facts.own_space:
         latent["batch_index"] = NotForSamplers(range(samples.shape[0]))
     return latent

@@ -241,6 +241,7 @@ def save_latent(
         fps=meta.fps,
         height=meta.height,
         width=meta.width,
+        aspect=meta.aspect,
         clip_layout=meta.clip_layout,
         extra=meta.extra,
     ) as writer:
@@ -264,6 +265,7 @@ def _meta(z: Tensor, facts: Facts, layout: Layout, texts: Mapping[str, str]) -> 
         frames=facts.frames or facts.compression.pixel_frames(z.shape[2]),
         height=height,
         width=width,
+        aspect=facts.aspect or Fraction(1),
         clip_layout=layout,
         extra={**texts, **known},
     )
@@ -298,6 +300,7 @@ def _to_wire(z: Tensor, meta: LatentMeta, layout: Layout | None) -> dict[str, An
         frames=meta.frames,
         height=meta.height,
         width=meta.width,
+        aspect=meta.aspect,
         layout=layout,
     )
     if layout == "frames" and facts.own_space:

@@ -161,6 +161,7 @@ def _facts(clips: Sequence[_Clip], latents: int) -> tuple[Facts, list[str]]:
         frames=frames,
         height=sized.height,
         width=sized.width,
+        aspect=next((facts.aspect for facts in known if facts.aspect is not None), None),
     )
     return facts, told
 

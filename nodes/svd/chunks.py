@@ -16,7 +16,7 @@ from .anchor import Anchor, Reader
 from .drift import chunk_change, moved
 from .fingerprint import fingerprint, model_fingerprint
 from .job import START, Job, LongSettings, Run, entry_of, has_image
-from .motion import bucket_for, motion_of
+from .motion import motion_of, told_for
 from .progress import Told, report_step
 from .store import Chunk, ChunkStore, StoreSettings
 from .windows import Span, carry_mask
@@ -103,8 +103,9 @@ class Chunks:
             return found, True
         carried = self.clean[span.start : span.start + (span.known or self.settings.overlap)]
         anchor = Anchor(self.settings.anchor, self.reader, carried, seed or 0)
+        controls: dict[int, Any] = {}
         self.guider.conds = {
-            name: [self._entry(entry, span, anchor) for entry in entries] for name, entries in conds.items()
+            name: [self._entry(entry, span, anchor, controls) for entry in entries] for name, entries in conds.items()
         }
         chunk = self._made(span, key, job.run(self.executor))
         self.store.put(number, chunk, {"number": str(number + 1), "of": str(len(self.spans)), "seed": str(seed)})
@@ -187,13 +188,14 @@ class Chunks:
         self.noise = self.noise.clone()
         self.noise[new] = drawn.to(self.noise)
 
-    def _entry(self, entry: dict[str, Any], span: Span, anchor: Anchor) -> dict[str, Any]:
+    def _entry(self, entry: dict[str, Any], span: Span, anchor: Anchor, controls: dict[int, Any]) -> dict[str, Any]:
         """A condition for one chunk: what differs from latent to latent is cut, the image follows where asked."""
         latents, image = self.job.noise.shape[0], entry.get("concat_latent_image")
-        entry = entry_of(entry, latents, range(span.start, span.stop))
+        entry = entry_of(entry, latents, range(span.start, span.stop), controls)
         if self.settings.steady and "motion_bucket_id" in entry:
             motions = [*self.before, *(chunk.motion for chunk in self.made)]
-            entry["motion_bucket_id"] = bucket_for(entry["motion_bucket_id"], motions)
+            bucket, rate = entry["motion_bucket_id"], entry.get("fps", 6)  # 6 is ComfyUI's own
+            entry["motion_bucket_id"], entry["fps"] = told_for(bucket, rate, motions)
         if not isinstance(image, Tensor):
             return entry
         if (span.known or span.start) and has_image(image) and anchor.moves:

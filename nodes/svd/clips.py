@@ -13,19 +13,15 @@ import torch
 from comfy_api.latest import InputImpl
 from torch import Tensor
 
-from ...vae_core.families import FAMILIES, VIDEO
+from ...vae_core.families import VIDEO
 from ...vae_core.media.latents import open_latent
 from ...vae_core.svd import LATENT_SCALE, TrainingClip, beginning_of, look_through, spans_of, with_buckets
+from ...vae_core.svd.files import LATENTS, check_any, check_latent, left_out, training_files
 from ..bridge.native import NativeVideoVAE
 from ..bridge.running import Run
 from ..bridge.video_source import VideoSource, open_video
 from ..latents.paths import inside
-from .anchor import CHANNELS, encode_pictures, see_pictures
-
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-LATENTS = ".safetensors"
-_FEWEST = 1 + VIDEO.time  # frames of a clip
-_UNIT = 8 * VIDEO.space  # pixels; the U-Net halves a latent three times
+from .anchor import encode_pictures, see_pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +56,8 @@ class ClipMaker:
                 found += 1
                 out.append(self._clip(f"{file.name} #{found}", made))
             if not found:
-                notes.append(f"{file.name} is left out: it has fewer than {_FEWEST} frames without a cut")
-        if not out:
-            raise ValueError(
-                f"No clip can be trained on: every file has fewer than {_FEWEST} frames without a cut. Add longer ones."
-            )
+                notes.append(left_out(file.name))
+        check_any(out)
         return with_buckets(out), notes
 
     def encode(self, picture: Tensor) -> Tensor:
@@ -86,18 +79,7 @@ class ClipMaker:
     def _of_latent(self, file: Path, node_id: str | None) -> Iterator[_Made]:
         """The beginning of a latent file, up to the first cut; the image VAE shows what is in it."""
         opened = open_latent(file)
-        family = FAMILIES[opened.meta.family]
-        if family.scaled or family.compression != VIDEO or opened.shape[1] != CHANNELS:
-            raise ValueError(
-                f"{file.name} is a latent of {opened.meta.family} with {opened.shape[1]} channels, and SVD works on "
-                f"those of cv-vae with {CHANNELS}: encode the video with CV-VAE, or take the file out of the folder."
-            )
-        height, width = (side * VIDEO.space for side in opened.shape[-2:])
-        if height % _UNIT or width % _UNIT:
-            raise ValueError(
-                f"{file.name} is a latent of {width}x{height} pixels; SVD is trained on multiples of {_UNIT}, such as "
-                "1024x576: scale the video before it is encoded, or take the file out of the folder."
-            )
+        check_latent(file.name, opened.meta.family, opened.shape)
         count = min(opened.shape[2], VIDEO.latent_frames(self.frames))
         if count < 2:
             return
@@ -137,22 +119,15 @@ class ClipMaker:
         return comfy.utils.common_upscale(frames[0].movedim(1, 0), self.width, self.height, "bilinear", "center")
 
 
-def training_files(folder: str) -> list[Path]:
+def files_of(folder: str) -> list[Path]:
     """Videos and latent files of a folder below input/, by name. Raises ValueError where there are none."""
-    root = Path(folder_paths.get_input_directory())
     path = training_folder(folder)
     if not path.is_dir():
         raise ValueError(
-            f"There is no folder {folder!r} in {root.name}/: make it and put videos into it, or latent files of Video "
-            "VAE Encode and Save Video Latent."
+            f"There is no folder {folder!r} in {Path(folder_paths.get_input_directory()).name}/: make it and put "
+            "videos into it, or latent files of Video VAE Encode and Save Video Latent."
         )
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (*VIDEOS, LATENTS) and file.is_file())
-    if not files:
-        raise ValueError(
-            f"The folder {folder!r} holds neither videos ({', '.join(VIDEOS)}) nor latent files ({LATENTS}): put some "
-            "into it. Folders in it are not searched."
-        )
-    return files
+    return training_files(path)
 
 
 def training_folder(folder: str) -> Path:
@@ -162,11 +137,3 @@ def training_folder(folder: str) -> Path:
     if not folder.strip() or not inside(path, root):
         raise ValueError(f"The folder is {folder[:200]!r}: give the name of one in input/, such as svd_training.")
     return path
-
-
-def check_size(width: int, height: int) -> None:
-    """Raise ValueError unless the size fits the U-Net, which halves the latent three times."""
-    if width % _UNIT or height % _UNIT:
-        raise ValueError(
-            f"The size is {width}x{height}; SVD is trained on multiples of {_UNIT}, such as 1024x576 or 512x320."
-        )

@@ -16,10 +16,9 @@ from ..bridge.running import report_ui
 from ..bridge.schema import describe, field
 from ..bridge.wire import Facts, make_latent, pixels_of
 from .anchor import CHANNELS, check_readers, encode_pictures, see_pictures, with_noise
-from .motion import MOST
+from .motion import FASTEST, MOST, SLOWEST
 from .windows import TRAINED
 
-FEWEST_RATE, MOST_RATE = 5, 30  # frames per second that SVD knows
 _LARGEST_SIDE = 16384
 
 
@@ -182,10 +181,10 @@ def _see(clip_vision: Any, pixels: Tensor, latents: int) -> Tensor:
 def told_of(rate: int, bucket: int) -> list[str]:
     """What SVD is told of rate and motion, and what it does not know of that."""
     lines = [f"SVD is told {rate} latents per second"]
-    if not FEWEST_RATE <= rate <= MOST_RATE:
+    if not SLOWEST <= rate <= FASTEST:
         lines.append(
-            f"SVD was trained on {FEWEST_RATE} to {MOST_RATE} per second: choose an fps of "
-            f"{VIDEO.time * FEWEST_RATE} to {VIDEO.time * MOST_RATE}, or expect odd motion"
+            f"SVD was trained on {SLOWEST} to {FASTEST} per second: choose an fps of "
+            f"{VIDEO.time * SLOWEST} to {VIDEO.time * FASTEST}, or expect odd motion"
         )
     if bucket > MOST:
         lines.append(f"motion_bucket_id {bucket} is above {MOST}, the most that SVD was trained on: expect odd motion")

@@ -11,16 +11,23 @@ from torch import Tensor
 from ...vae_core.families import VIDEO
 
 
-def control_of(control: Any, latents: int, which: Sequence[int]) -> Any:
+def control_of(control: Any, latents: int, which: Sequence[int], made: dict[int, Any]) -> Any:
     """A ControlNet and those chained to it, with the hints of the latents `which` of a clip of `latents`.
 
-    A hint for each latent, or for each frame that they decode to, is cut; one picture for all stays. Raises ValueError
-    for any other number.
+    A hint for each latent, or for each frame that they decode to, is cut; one picture for all stays. made: those of
+    these latents so far, by the id of what they are of: ComfyUI runs positive and negative together where they have
+    one and the same. Raises ValueError for any other number of hints.
     """
     if control is None:
         return None
+    if id(control) not in made:
+        made[id(control)] = _cut(control, latents, which, made)
+    return made[id(control)]
+
+
+def _cut(control: Any, latents: int, which: Sequence[int], made: dict[int, Any]) -> Any:
     before = getattr(control, "previous_controlnet", None)
-    chained = control_of(before, latents, which)
+    chained = control_of(before, latents, which, made)
     hint = getattr(control, "cond_hint_original", None)
     cut = isinstance(hint, Tensor) and hint.shape[0] > 1
     if not cut and chained is before:

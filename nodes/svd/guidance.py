@@ -37,9 +37,10 @@ def let_rise(model_options: dict[str, Any], min_cfg: float, run: Run) -> None:
 
 
 def check_conditions(conds: list[Any], min_cfg: float) -> None:
-    """Raise ValueError for guiders whose CFG cannot rise."""
-    if min_cfg and len(conds) > 2:
+    """Raise ValueError for guiders whose CFG cannot rise. conds: of one call of the model, None for those left out."""
+    if min_cfg and (len(conds) != 2 or None in conds):
+        count = sum(cond is not None for cond in conds)
         raise ValueError(
-            f"min_cfg is {min_cfg} and the guider has {len(conds)} conditions; the ramp of the CFG is defined for one "
-            "positive and one negative. Set min_cfg to 0, or use KSampler or CFGGuider."
+            f"min_cfg is {min_cfg} and the guider has {count} condition{'s' * (count != 1)}; the ramp of the CFG is "
+            "defined for one positive and one negative. Set min_cfg to 0, or use KSampler or CFGGuider."
         )

@@ -163,7 +163,8 @@ class LongSampling:
             mm.throw_exception_if_processing_interrupted()
             index = torch.tensor(window.latents, device=x_in.device)
             image = self._own_image(model, run, window, timestep)
-            windowed = [_window_of(cond, latents, window.latents, image) for cond in conds]
+            controls: dict[int, Any] = {}
+            windowed = [_window_of(cond, latents, window.latents, image, controls) for cond in conds]
             inside = {**model_options, "transformer_options": {**options, START: window.latents[0]}}
             self._tell(window.places, x_in)
             results = executor(model, windowed, x_in[index], timestep[index], inside)
@@ -242,13 +243,13 @@ def _sample_windows(executor: Any, job: Job, run: Run, windows: int) -> Tensor:
     return replace(job, callback=step_done).run(executor)
 
 
-def _window_of(cond: Any, latents: int, which: Sequence[int], image: Tensor | None) -> Any:
+def _window_of(cond: Any, latents: int, which: Sequence[int], image: Tensor | None, controls: dict[int, Any]) -> Any:
     """The conditions of one window; `image` takes the place of the image condition where there is one."""
     if cond is None:
         return None
     windowed = []
     for entry in cond:
-        entry = entry_of(entry, latents, which)
+        entry = entry_of(entry, latents, which, controls)
         if "uuid" in entry:  # caches of other nodes go by it, and a window is not the clip
             entry["uuid"] = uuid.uuid5(entry["uuid"], str(which))
         concat = entry.get("model_conds", {}).get("c_concat")
@@ -262,17 +263,18 @@ def _backwards(executor: Any, x: Tensor, timestep: Tensor, model_options: Any, s
     """The estimate of a clip that begins with the end image and runs back in time."""
     guider, latents = executor.class_obj, x.shape[0]
     conds = guider.conds
+    controls: dict[int, Any] = {}
     try:
         guider.conds = {
-            name: [_from_the_end(entry, latents, run) for entry in entries] for name, entries in conds.items()
+            name: [_from_the_end(entry, latents, run, controls) for entry in entries] for name, entries in conds.items()
         }
         return executor(x.flip(0), timestep.flip(0), model_options, seed).flip(0)
     finally:
         guider.conds = conds
 
 
-def _from_the_end(entry: dict[str, Any], latents: int, run: Run) -> dict[str, Any]:
-    entry = entry_of(entry, latents, range(latents - 1, -1, -1))
+def _from_the_end(entry: dict[str, Any], latents: int, run: Run, controls: dict[int, Any]) -> dict[str, Any]:
+    entry = entry_of(entry, latents, range(latents - 1, -1, -1), controls)
     if "uuid" in entry:
         entry["uuid"] = uuid.uuid5(entry["uuid"], "backwards")
     model_conds = entry.get("model_conds", {})

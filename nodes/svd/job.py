@@ -113,12 +113,15 @@ def has_image(image: object) -> bool:
     return isinstance(image, Tensor) and bool(torch.count_nonzero(image))
 
 
-def entry_of(entry: dict[str, Any], latents: int, which: Sequence[int]) -> dict[str, Any]:
-    """A condition of a clip of `latents`, cut to those in `which`; what is the same for all stays as it is."""
+def entry_of(entry: dict[str, Any], latents: int, which: Sequence[int], controls: dict[int, Any]) -> dict[str, Any]:
+    """A condition of a clip of `latents`, cut to those in `which`; what is the same for all stays as it is.
+
+    controls: a dict that all conditions of these latents share, see `control_of`.
+    """
     index = torch.tensor(which)
     out = {name: _cut(value, latents, index) for name, value in entry.items()}
     if "control" in out:
-        out["control"] = control_of(out["control"], latents, which)
+        out["control"] = control_of(out["control"], latents, which, controls)
     model_conds = dict(entry.get("model_conds", {}))
     for name, value in model_conds.items():
         tensor = getattr(value, "cond", None)

@@ -179,7 +179,7 @@ def _later_inputs() -> list[Any]:
             default=False,
             optional=True,
             tooltip="continuation: where a chunk moved less or more than the first, the next one is told a higher or "
-            "lower motion bucket.",
+            "lower motion bucket, and past its end a lower or higher rate.",
             advanced=True,
         ),
         field(

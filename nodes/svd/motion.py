@@ -1,4 +1,4 @@
-"""How much a clip moves, measured in its latents, and the motion bucket that keeps it so over chunks."""
+"""How much a clip moves, measured in its latents, and what SVD is told so that it stays so over chunks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 FEWEST, MOST = 1, 255  # motion buckets that SVD knows
-_LARGEST_FACTOR = 2.0  # by which a bucket changes from one chunk to the next
+SLOWEST, FASTEST = 5, 30  # frames per second that it knows
+_LARGEST_FACTOR = 2.0  # by which what is told changes from one chunk to the next
 
 
 def motion_of(latents: Tensor) -> float:
@@ -23,11 +24,16 @@ def motion_of(latents: Tensor) -> float:
     return float(change / content.clamp_min(1e-6))
 
 
-def bucket_for(bucket: int, motions: Sequence[float]) -> int:
-    """The motion bucket of the next chunk, of that of the first chunk and the motions measured so far."""
-    told = float(bucket)
+def told_for(bucket: int, rate: int, motions: Sequence[float]) -> tuple[int, int]:
+    """(motion bucket, latents per second) that the next chunk is told, of those of the first and the motions so far.
+
+    Where the bucket is at its end the rate goes on: told fewer latents per second, SVD moves more between two.
+    """
+    most, slowest, fastest = max(MOST, bucket), min(SLOWEST, rate), max(FASTEST, rate)
+    wanted = float(bucket)
     for motion in motions[1:]:
         if motions[0] > 0 and motion > 0:
             factor = min(max(motions[0] / motion, 1 / _LARGEST_FACTOR), _LARGEST_FACTOR)
-            told = min(max(told * factor, FEWEST), max(MOST, bucket))
-    return round(told)
+            wanted = min(max(wanted * factor, FEWEST * rate / fastest), most * rate / slowest)
+    told = min(max(wanted, FEWEST), most)
+    return round(told), round(rate * told / wanted)

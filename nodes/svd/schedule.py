@@ -44,15 +44,7 @@ class Schedule:
         """The windows of one step, every latent in at least one. wide: they take every other latent."""
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
         rows = [range(phase, latents, 2) for phase in range(2)] if wide and latents > 2 else [range(latents)]
-        out: list[Window] = []
-        for row in rows:
-            starts, length = self._starts(len(row), step)
-            weights = _weights(starts, length, len(row), self, generator)
-            for start, weight in zip(starts, weights, strict=True):
-                inside = [(start + index) % len(row) for index in range(length)]
-                places = [row[0] + (start + index) * row.step for index in range(length)]
-                out.append(Window(latents=tuple(row[index] for index in inside), weights=weight, places=tuple(places)))
-        return out
+        return [window for row in rows for window in self._of_row(row, step, generator)]
 
     def most_windows(self, latents: int) -> int:
         """Windows of a step at most."""
@@ -60,8 +52,25 @@ class Schedule:
             return len(self._starts(latents, 0)[0])
         return count_spans(latents, self.length, self.overlap) + (self.moving and latents > self.length)
 
+    def _of_row(self, row: range, step: int, generator: torch.Generator) -> list[Window]:
+        """The windows over the latents `row`. One that sticks out is moved inside and keeps its weights: there it is
+        trusted no further than before, so that its other end, which is the same in many steps, is no seam.
+        """
+        starts, length = self._starts(len(row), step)
+        weights: dict[int, Tensor] = {}
+        for start, weight in zip(starts, _weights(starts, length, len(row), self, generator), strict=True):
+            inside = start if self.loop else min(max(start, 0), len(row) - length)
+            weights[inside] = weights[inside] + weight if inside in weights else weight
+        out: list[Window] = []
+        for start, weight in weights.items():
+            where = [(start + index) % len(row) for index in range(length)]
+            if weight.any():
+                places = tuple(row[0] + (start + index) * row.step for index in range(length))
+                out.append(Window(latents=tuple(row[index] for index in where), weights=weight[where], places=places))
+        return out
+
     def _starts(self, latents: int, step: int) -> tuple[list[int], int]:
-        """(first latents of the windows in order, their length)."""
+        """(first latents of the windows in order, their length); without a loop some may stick out."""
         length, stride = min(self.length, latents), self.length - self.overlap
         if self.loop:
             # two at least: where one window ends, another has its middle
@@ -72,9 +81,7 @@ class Schedule:
             return [0], length
         if not self.moving:
             return [span.start for span in plan_spans(latents, self.length, self.overlap)], length
-        last = latents - length
-        free = range(_shift(step, stride) - stride, last + stride, stride)
-        return sorted({min(max(start, 0), last) for start in free}), length
+        return list(range(_shift(step, stride) - stride, latents - length + stride, stride)), length
 
 
 def _shift(step: int, stride: int) -> int:
@@ -89,14 +96,18 @@ def _shift(step: int, stride: int) -> int:
 def _weights(
     starts: Sequence[int], length: int, latents: int, schedule: Schedule, generator: torch.Generator
 ) -> list[Tensor]:
+    """(latents,) for each window: how much it counts for each latent of the clip."""
     if schedule.fuse == "random":
-        return _cut_weights(starts, length, latents, loop=schedule.loop, generator=generator)
-    shapes = [_shape(starts, index, length, latents, schedule) for index in range(len(starts))]
-    where = [(start + torch.arange(length)) % latents for start in starts]
-    total = torch.zeros(latents)
-    for index, shape in zip(where, shapes, strict=True):
-        total[index] += shape
-    return [shape / total[index] for index, shape in zip(where, shapes, strict=True)]
+        shapes = _cut_shapes(starts, length, latents, loop=schedule.loop, generator=generator)
+    else:
+        shapes = [_shape(starts, index, length, latents, schedule) for index in range(len(starts))]
+    out = [torch.zeros(latents) for _ in starts]
+    for weight, start, shape in zip(out, starts, shapes, strict=True):
+        where = start + torch.arange(length)
+        inside = torch.ones(length, dtype=torch.bool) if schedule.loop else (where >= 0) & (where < latents)
+        weight[where[inside] % latents] = shape[inside]
+    total = torch.stack(out).sum(0)
+    return [weight / total for weight in out]
 
 
 def _shape(starts: Sequence[int], index: int, length: int, latents: int, schedule: Schedule) -> Tensor:
@@ -114,7 +125,7 @@ def _shape(starts: Sequence[int], index: int, length: int, latents: int, schedul
     return torch.minimum(weight, falling / (max(0, shared_after) + 1))
 
 
-def _cut_weights(
+def _cut_shapes(
     starts: Sequence[int], length: int, latents: int, *, loop: bool, generator: torch.Generator
 ) -> list[Tensor]:
     """1 for the latents that a window has to itself, 0 for others: cuts lie anywhere in the overlaps."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -33,13 +31,14 @@ from ...vae_core.svd import (
     network_target,
     save_adapter,
 )
+from ...vae_core.svd.files import check_size, fingerprint
 from ..bridge.native import NativeVideoVAE, require
 from ..bridge.running import report_ui, show_text
 from ..bridge.schema import before_run, check_choice, describe, field
 from ..bridge.wire import image_of
 from .adapter import FOLDER, added_outputs, checkpoint_layer
 from .anchor import may_be_svds
-from .clips import ClipMaker, check_size, training_files, training_folder
+from .clips import ClipMaker, files_of, training_folder
 from .model import check_svd
 from .names import check_name
 
@@ -94,14 +93,14 @@ class TrainSVDAdapter(io.ComfyNode):
         check_choice("method", method, METHODS)
         check_size(width, height)
         _check_models(model, clip_vision, image_vae, vae)
-        files = training_files(folder)
+        files = files_of(folder)
         places = Places.of(save_name, resume)
         settings = TrainSettings(
             method=method,  # type: ignore[arg-type]
             learning_rate=learning_rate,
             ridge=ridge,
             seed=seed,
-            fingerprint=_fingerprint(files, frames, width, height),
+            fingerprint=fingerprint(files, frames, width, height),
         )
         old, device = checkpoint_layer(model), model.load_device
         if places.state.exists():
@@ -236,11 +235,6 @@ def network_features(model: Any, clip: TrainingClip, drawn: Draw, image: Tensor)
 
 def _check_save_name(name: str) -> None:
     check_name("save_name", name, "svd_cv_vae_97", "it is not a path, and the ending is added")
-
-
-def _fingerprint(files: list[Path], frames: int, width: int, height: int) -> str:
-    told = [[file.name, file.stat().st_size] for file in files]
-    return hashlib.sha256(json.dumps([told, frames, width, height]).encode()).hexdigest()
 
 
 def _check_models(model: Any, clip_vision: Any, image_vae: Any, vae: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from .calls import ENCODE_PART, decode_to_video
+from .calls import ENCODE_PART, LOAD_LATENT, SAVE_LATENT, decode_to_video
 from .conftest import LoadVAE
 from .inprocess import Comfy, NodeError
 
@@ -127,6 +127,12 @@ def test_the_shape_of_pixels_goes_through(comfy: Comfy, load_vae: LoadVAE, tmp_p
     part = video.as_trimmed(0, 0.5)
     assert part.get_pixel_aspect() == Fraction(2)
     assert comfy.pack("nodes.bridge.video_source").open_video(part).aspect == 2
+    saved, path = comfy.call("CVIV_SaveVideoLatent", samples=latent, **SAVE_LATENT)
+    name = Path(path).relative_to(comfy.base).as_posix()
+    loaded, _, _ = comfy.call("CVIV_LoadVideoLatent", file=name, **LOAD_LATENT)
+    joined, _ = comfy.call("CVIV_JoinLatents", latent_1=loaded, latent_2=loaded, crossfade=0)
+    for one in (saved, loaded, joined):
+        assert decode_to_video(comfy, vae, one).get_pixel_aspect() == 2
 
 
 def test_values_of_10_bits_and_of_comfyuis_own_files(comfy: Comfy, tmp_path: Path) -> None:

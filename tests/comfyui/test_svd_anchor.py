@@ -70,11 +70,15 @@ def test_by_way_of_a_picture(comfy: Comfy, readers: dict[str, Any], monkeypatch:
         **{**LONG, "mode": "continuation", "anchor": "re-encoded"}, **readers,
     )  # fmt: skip
     with monkeypatch.context() as patches:
-        patches.setattr(vae, "decode", counted("decode", vae.decode))
-        patches.setattr(vae, "encode", counted("encode", vae.encode))
-        patches.setattr(clip, "encode_image", counted("see", clip.encode_image))
+        for kind, name, told in ((vae, "decode", "decode"), (vae, "encode", "encode"), (clip, "encode_image", "see")):
+            patches.setattr(type(kind), name, counted(told, getattr(type(kind), name)))
         result = ksampler(comfy, patched, conditions(indices(1)), empty(LATENTS), steps=2)
-    assert calls == ["decode", "encode", "see"] * 2  # once for each later chunk
+        assert calls == ["decode", "encode", "see"] * 2  # once for each later chunk
+        made = len(network.calls)
+        again = ksampler(comfy, patched, conditions(indices(1)), empty(LATENTS), steps=2)
+        assert torch.equal(again, result)
+        assert len(calls) == 6  # what was finished is not read anew
+        assert len(network.calls) == made
     for number, (start, _) in enumerate(SPANS):
         call = network.calls[2 * number]
         if not number:
@@ -104,17 +108,20 @@ def test_a_picture_needs_its_models(comfy: Comfy, readers: dict[str, Any]) -> No
 # --------------------------------------------------------------------------------------------------------------- motion
 
 
-def test_motion_is_kept_up(comfy: Comfy) -> None:
-    """A network that slows down from chunk to chunk, and moves as much as its motion bucket says."""
+@pytest.mark.parametrize("slowing", [0.85, 0.6])
+def test_motion_is_kept_up(comfy: Comfy, slowing: float) -> None:
+    """A network that slows down from chunk to chunk, and moves as its motion bucket and rate say."""
     pattern = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     embed = comfy.module("comfy.model_base").Timestep(256)
-    buckets = torch.cat([embed(torch.tensor([float(bucket)])) for bucket in range(1, 256)])
-    told: list[int] = []
+    numbers = torch.cat([embed(torch.tensor([float(number)])) for number in range(256)])
+    told: list[tuple[int, int]] = []
 
     def moving(call: Call) -> Tensor:
-        bucket = 1 + int((buckets - call.told[256:512]).square().sum(1).argmin())
-        told.append(bucket)
-        speed = bucket / 127 * 0.85 ** (call.start // 6)
+        less_one, bucket = (
+            int((numbers - call.told[start : start + 256]).square().sum(1).argmin()) for start in (0, 256)
+        )
+        told.append((bucket, less_one + 1))
+        speed = bucket / 127 * 6 / (less_one + 1) * slowing ** (call.start // 6)
         where = call.start + torch.arange(call.frames)
         return (pattern[:1] + speed * 0.1 * pattern[where]) * SCALE
 
@@ -128,12 +135,18 @@ def test_motion_is_kept_up(comfy: Comfy) -> None:
         return [float(part.mean()) for part in (change[:7], change[9:13], change[15:19], change[21:25], change[27:31])]
 
     falling = speeds(False)
-    assert told == [127] * 5
+    assert told == [(127, 6)] * 5
     assert falling[-1] < 0.6 * falling[0]
     kept = speeds(True)
-    assert told[0] == 127
-    assert told == sorted(told)
-    assert kept[-1] > 0.8 * kept[0]
+    assert told[0] == (127, 6)
+    buckets, rates = ([one[which] for one in told] for which in (0, 1))
+    assert buckets == sorted(buckets)
+    if slowing == 0.85:  # the bucket is enough
+        assert rates == [6] * 5
+        assert kept[-1] > 0.8 * kept[0]
+    else:
+        assert told[-1] == (255, 5)  # all that SVD knows
+        assert kept[-1] > 2 * falling[-1]
 
 
 def test_motion_of_latents(comfy: Comfy) -> None:
@@ -142,11 +155,25 @@ def test_motion_of_latents(comfy: Comfy) -> None:
     assert motion.motion_of(still) == 0
     assert motion.motion_of(still + torch.arange(6.0).reshape(-1, 1, 1, 1)) == pytest.approx(0, abs=1e-6)  # brighter
     assert motion.motion_of(torch.randn(6, 4, 8, 8)) == pytest.approx(2**0.5, rel=0.1)
-    assert motion.bucket_for(127, [1.0]) == 127
-    assert motion.bucket_for(100, [1.0, 0.8]) == 125
-    assert motion.bucket_for(200, [1.0, 0.1, 0.1]) == 255
-    assert motion.bucket_for(300, [1.0, 1.0]) == 300
-    assert motion.bucket_for(127, [0.0, 1.0]) == 127
+
+
+@pytest.mark.parametrize(
+    ("bucket", "rate", "motions", "wanted"),
+    [
+        (127, 6, [1.0], (127, 6)),
+        (100, 6, [1.0, 0.8], (125, 6)),
+        (200, 12, [1.0, 0.8, 0.9], (255, 11)),  # the bucket is at its end: the rate goes on
+        (200, 12, [1.0, 0.1, 0.1, 0.1], (255, 5)),
+        (200, 12, [1.0, 0.1, 0.1, 0.1, 2.0], (255, 10)),  # and comes back first
+        (2, 12, [1.0, 2.0, 2.0, 2.0, 2.0], (1, 30)),
+        (300, 4, [1.0, 1.0], (300, 4)),  # what the user told is kept
+        (127, 6, [0.0, 1.0], (127, 6)),
+    ],
+)
+def test_what_the_next_chunk_is_told(
+    comfy: Comfy, bucket: int, rate: int, motions: list[float], wanted: tuple[int, int]
+) -> None:
+    assert comfy.pack("nodes.svd.motion").told_for(bucket, rate, motions) == wanted
 
 
 # -------------------------------------------------------------------------------------------------------------- hints
@@ -207,6 +234,68 @@ def test_hints_that_fit_nothing(comfy: Comfy) -> None:
         NodeError, match=r"ControlNet has 8 pictures and the clip 20 latents.*20 \(one for each latent\) or 77"
     ):
         ksampler(comfy, long_model(comfy, model, LATENTS), conds, empty(LATENTS), steps=1)
+
+
+def small_controlnet(comfy: Comfy) -> Any:
+    """A CONTROL_NET of ComfyUI that fits the small SVD, with random weights."""
+    management = comfy.module("comfy.model_management")
+    network = comfy.module("comfy.cldm.cldm").ControlNet(
+        image_size=32, in_channels=4, model_channels=32, hint_channels=3, num_res_blocks=[1, 1], channel_mult=[1, 2],
+        transformer_depth=[0, 0], transformer_depth_middle=-1, use_spatial_transformer=True, context_dim=1024,
+        num_head_channels=32, legacy=False, adm_in_channels=768, num_classes="sequential",
+        operations=comfy.module("comfy.ops").disable_weight_init,
+    ).requires_grad_(False)  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return comfy.module("comfy.controlnet").ControlNet(network, load_device=management.get_torch_device())
+
+
+@pytest.mark.parametrize("mode", ["windows", "continuation"])
+@pytest.mark.parametrize("frames", [16, 61])
+def test_a_real_controlnet(comfy: Comfy, mode: str, frames: int) -> None:
+    """Two windows without overlap, or two chunks: each as ComfyUI samples it by itself with its own hints."""
+    model, conds = small_svd(comfy), conditions(random_images())
+    hints = torch.rand(frames, 1, 1, 3, generator=torch.Generator().manual_seed(5)).repeat(1, 64, 64, 1)
+    control = small_controlnet(comfy)
+    widgets = {"control_net": control, "strength": 10.0, "start_percent": 0.0, "end_percent": 1.0}
+
+    def with_hints(chosen: Tensor) -> tuple[Any, Any]:
+        return comfy.call("ControlNetApplyAdvanced", positive=conds[0], negative=conds[1], image=chosen, **widgets)
+
+    carry = 1 if mode == "continuation" else 0
+    latents = 16 - carry
+    each = hints[:latents] if frames == 16 else hints[: 4 * latents - 3]
+    patched = long_model(comfy, model, latents, mode=mode, overlap=0, carry=1)
+    batches: list[int] = []
+    watch = control.control_model.register_forward_pre_hook(
+        lambda _, __, inputs: batches.append(inputs["x"].shape[0]), with_kwargs=True
+    )
+    result = ksampler(comfy, patched, with_hints(each), empty(latents, 8), steps=2)
+    assert batches == [16] * 4  # positive and negative together
+    if mode == "continuation":  # finished chunks know their hints
+        assert torch.equal(ksampler(comfy, patched, with_hints(each), empty(latents, 8), steps=2), result)
+        assert len(batches) == 4
+        ksampler(comfy, patched, with_hints(each.flip(0)), empty(latents, 8), steps=2)
+        assert len(batches) == 8
+    watch.remove()
+    sample = comfy.module("comfy.sample")
+    noise = sample.prepare_noise(torch.zeros(latents, 4, 8, 8), 42)
+    for number, start in enumerate((0, 8 - carry)):
+        own = each[:: 1 if frames == 16 else 4][start : start + 8]
+        latent, mask = torch.zeros(8, 4, 8, 8), torch.ones(8, 1, 8, 8)
+        if number and carry:
+            latent[:1], mask[:1] = result[start : start + 1], 0
+        with torch.inference_mode():
+            wanted = sample.sample(
+                model, noise[start : start + 8], 2, 2.5, "euler", "karras", *with_hints(own), latent,
+                noise_mask=mask if number and carry else None, seed=42,
+            )  # fmt: skip
+        assert (result[start : start + 8] - wanted).abs().max() < 2e-5 * wanted.abs().max()
+        if not number:
+            other = ksampler(comfy, model, with_hints(own.flip(0)), empty(8, 8), steps=2)
+            assert (other - wanted).abs().max() > 1e-3 * wanted.abs().max()
 
 
 # -------------------------------------------------------------------------------------------------------------- rounds

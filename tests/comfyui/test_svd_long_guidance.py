@@ -109,3 +109,21 @@ def test_two_ramps_of_the_cfg_are_refused(comfy: Comfy) -> None:
     patched = long_model(comfy, stock, LATENTS, min_cfg=1.0)
     with pytest.raises(NodeError, match="Set min_cfg to 0, or remove that node"):
         ksampler(comfy, patched, conditions(random_images()), empty(LATENTS, 8))
+
+
+@pytest.mark.parametrize(("node", "count"), [("BasicGuider", "1 condition;"), ("DualCFGGuider", "3 conditions;")])
+def test_guiders_whose_cfg_cannot_rise(comfy: Comfy, node: str, count: str) -> None:
+    """Without a negative there is nothing to rise from; what came out was not the clip."""
+    model, conds = small_svd(comfy), conditions(random_images())
+    patched = long_model(comfy, model, LATENTS, min_cfg=1.0)
+    if node == "BasicGuider":
+        (guider,) = comfy.call(node, model=patched, conditioning=conds[0])
+    else:
+        widgets = {"cfg_conds": 2.0, "cfg_cond2_negative": 2.0, "style": "regular"}
+        (guider,) = comfy.call(node, model=patched, cond1=conds[0], cond2=conds[0], negative=conds[1], **widgets)
+    (noise,) = comfy.call("RandomNoise", noise_seed=42)
+    (sampler,) = comfy.call("KSamplerSelect", sampler_name="euler")
+    (sigmas,) = comfy.call("BasicScheduler", model=patched, scheduler="karras", steps=1, denoise=1.0)
+    inputs = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas}
+    with pytest.raises(NodeError, match=f"the guider has {count}.*Set min_cfg to 0, or use KSampler"):
+        comfy.call("SamplerCustomAdvanced", latent_image=empty(LATENTS, 8), **inputs)

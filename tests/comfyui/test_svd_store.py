@@ -125,6 +125,25 @@ def test_nothing_stale_is_used(comfy: Comfy, change: str) -> None:
         assert network.calls
 
 
+def test_patches_of_the_weights_count(comfy: Comfy) -> None:
+    """A LoRA and its strength; the same one loaded anew is the same."""
+    read = comfy.pack("nodes.svd.fingerprint").model_fingerprint
+    name = "diffusion_model.out.2.weight"
+
+    def patched(model: Any, seed: int, strength: float) -> str:
+        one = model.clone()
+        shape = model.model.diffusion_model.out[2].weight.shape
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        assert one.add_patches({name: ("diff", (drawn,))}, strength) == [name]
+        return read(one)
+
+    model = small_svd(comfy)
+    told = [read(model), patched(model, 1, 0.5), patched(model, 1, 0.6), patched(model, 2, 0.5)]
+    assert len(set(told)) == 4
+    assert patched(small_svd(comfy), 1, 0.5) == told[1]
+    assert read(model) == told[0]
+
+
 @pytest.mark.parametrize("number", [1, 3, 5])
 def test_one_chunk_is_made_anew(comfy: Comfy, number: int) -> None:
     model, network, _ = breaking(comfy, anchor="moving")

@@ -20,16 +20,23 @@ from .server import Server, serve
 from .stand_in import add_stand_in
 from .workflows import WORKFLOWS, comfy_cli, nodes_of, provide_files, read, small
 
-LOADERS = ("CheckpointLoaderSimple", "ImageOnlyCheckpointLoader", "CVIV_LoadVideoVAE")
+LOADERS = (
+    "CheckpointLoaderSimple",
+    "ImageOnlyCheckpointLoader",
+    "FrameInterpolationModelLoader",
+    "CVIV_LoadVideoVAE",
+)
 FOLDERS = {
     "CheckpointLoaderSimple": "checkpoints",
     "ImageOnlyCheckpointLoader": "checkpoints",
+    "FrameInterpolationModelLoader": "frame_interpolation",
     "CVIV_LoadVideoVAE": "vae",
 }
 NOTES = ("MarkdownNote", "Note")
 BY_NAME = {path.stem: path for path in WORKFLOWS}
 
 # what Save Video gets: frames, and frames per second
+IN_BETWEEN = "SVD with frames in between"  # which saves two videos
 SVD = {
     "SVD image to 97 frames": (97, 24),
     "SVD 193 frames by windows": (193, 24),
@@ -122,7 +129,7 @@ def test_svd_templates_have_the_defaults_of_today(comfy: Comfy, name: str) -> No
 
 
 def test_what_was_not_measured_is_said() -> None:
-    for name in SVD:
+    for name in (*SVD, *(name for name in BY_NAME if name == IN_BETWEEN)):
         note = nodes_of(read(BY_NAME[name]), *NOTES)[0]["widgets_values"][0]
         assert "**What to expect.**" in note, name
         assert re.search(r"random weights|random models|stand-ins|Measured with", note), name
@@ -134,18 +141,37 @@ def test_svd_templates_give_what_they_promise(svd_server: Server, tmp_path: Path
     pytest.importorskip("comfy_cli")
     if name == "Sharp keyframes":
         pytest.importorskip("cv2", reason="Keyframe Detail needs OpenCV")
-    workflow = read(BY_NAME[name])
-    provide_files({"nodes": [node for node in workflow["nodes"] if node["type"] != "LoadImage"]}, svd_server.base)
-    file = tmp_path / "workflow.json"
-    file.write_text(json.dumps(small(workflow)), encoding="utf-8")
-    answer = comfy_cli(svd_server, tmp_path, "--workflow", str(file), "--wait", "--timeout", "900")
-    assert answer["ok"], answer["error"]
+    _run(svd_server, tmp_path, name)
     frames, fps = SVD[name]
     found = play(str(_newest(svd_server.base / "output" / "video")))
     size = (192, 320) if name == "SVD extend a clip" else (72, 128)
     assert found["frames"].shape == (frames, *size, 3)
     assert float(found["fps"]) == pytest.approx(fps)
     assert found["frames"].std() > 1
+
+
+def test_frames_in_between(svd_server: Server, tmp_path: Path) -> None:
+    """SVD with frame interpolation, and both: what the template saves."""
+    pytest.importorskip("comfy_cli")
+    if IN_BETWEEN not in BY_NAME:
+        pytest.skip("this version of ComfyUI has no frame interpolation")
+    _run(svd_server, tmp_path, IN_BETWEEN)
+    for name, frames, fps in (("svd_interpolated", 97, 24), ("svd_both", 193, 48)):
+        (path,) = (svd_server.base / "output" / "video").glob(f"{name}_*.mp4")
+        found = play(str(path))
+        assert found["frames"].shape == (frames, 72, 128, 3)
+        assert float(found["fps"]) == pytest.approx(fps)
+        assert found["frames"].std() > 1
+
+
+def _run(server: Server, folder: Path, name: str) -> None:
+    """Run a template with small models, as a user of the command line does."""
+    workflow = read(BY_NAME[name])
+    provide_files({"nodes": [node for node in workflow["nodes"] if node["type"] != "LoadImage"]}, server.base)
+    file = folder / "workflow.json"
+    file.write_text(json.dumps(small(workflow)), encoding="utf-8")
+    answer = comfy_cli(server, folder, "--workflow", str(file), "--wait", "--timeout", "900")
+    assert answer["ok"], answer["error"]
 
 
 def _newest(folder: Path) -> Path:

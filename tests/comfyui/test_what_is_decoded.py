@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from .calls import DECODE, DECODE_TO_VIDEO, decode, encode
+from .calls import DECODE, DECODE_TO_VIDEO, decode, decode_to_video, encode
 from .conftest import LoadVAE
 from .inprocess import Comfy, NodeError
 from .weights import SMALL, picture
@@ -78,6 +78,64 @@ def test_an_upscaled_latent_has_no_true_size(comfy: Comfy, load_vae: LoadVAE) ->
     images, _, report = decode(comfy, vae, large)
     assert images.shape == (5, 48, 64, 3)
     assert "the latent is of 64x48 pixels now, and was made of 30x20" in report
+
+
+FLIP = {"flip_method": "y-axis: horizontally"}
+UPSIDE_DOWN = {"flip_method": "x-axis: vertically"}
+
+
+@pytest.mark.parametrize(
+    ("node", "widgets", "size", "said"),
+    [
+        ("LatentFlip", FLIP, (24, 72), "was mirrored or turned, so that padding may lie on any side: all 72x24"),
+        ("LatentFlip", UPSIDE_DOWN, (24, 72), "was mirrored or turned"),
+        ("LatentRotate", {"rotation": "180 degrees"}, (24, 72), "was mirrored or turned"),
+        ("LatentRotate", {"rotation": "90 degrees"}, (72, 24), "was mirrored or turned"),
+        ("LatentRotate", {"rotation": "none"}, (20, 70), ""),
+        ("LatentCrop", {"width": 64, "height": 64, "x": 8, "y": 0}, (24, 64), "of 64x24 pixels now, and was made of"),
+    ],
+)
+def test_what_moves_a_latent_moves_its_padding(
+    comfy: Comfy, load_vae: LoadVAE, node: str, widgets: dict[str, Any], size: tuple[int, int], said: str
+) -> None:
+    """Nothing of the picture is cut off; nothing is known any more, and that is said."""
+    vae = load_vae(SMALL["cv"], CLIP)
+    latent, _ = encode(comfy, vae, picture(5, 20, 70))
+    (moved,) = comfy.call(node, samples=latent, **widgets)
+    (again,) = comfy.call("LatentMultiply", samples=moved, multiplier=0.9)  # as a sampler, it gives other values
+    for one in (moved, again):
+        images, _, report = decode(comfy, vae, one)
+        assert images.shape == (5, *size, 3)
+        assert (said in report) if said else ("mirrored" not in report)
+        assert decode_to_video(comfy, vae, one).get_dimensions() == size[::-1]
+    restored, _, _ = decode(comfy, vae, latent)
+    assert restored.shape == (5, 20, 70, 3)  # the latent that came in is as it was
+
+
+def test_a_turned_latent_without_padding_keeps_all_that_is_known(comfy: Comfy, load_vae: LoadVAE) -> None:
+    vae = load_vae(SMALL["cv"], CLIP)
+    latent, _ = encode(comfy, vae, picture(5, 24, 32))
+    latent["cviv"]["aspect"] = "4/3"
+    (turned,) = comfy.call("LatentRotate", samples=latent, rotation="90 degrees")
+    images, _, report = decode(comfy, vae, turned)
+    assert images.shape == (5, 32, 24, 3)
+    assert turned["cviv"]["aspect"] == "3/4"
+    (mirrored,) = comfy.call("LatentFlip", samples=turned, **FLIP)
+    (large,) = comfy.call("LatentUpscaleBy", samples=mirrored, upscale_method="bilinear", scale_by=2.0)
+    images, _, more = decode(comfy, vae, large)
+    assert images.shape == (5, 64, 48, 3)
+    for word in ("mirrored", "not known", "was made of"):
+        assert word not in report + more
+
+
+def test_a_video_latent_turned_in_time_gives_all_its_frames(comfy: Comfy, load_vae: LoadVAE) -> None:
+    """Of a 5-D latent Flip Latent turns time round."""
+    vae = load_vae(SMALL["iv"], VIDEO)
+    latent, _ = encode(comfy, vae, picture(7, 24, 32))
+    (turned,) = comfy.call("LatentFlip", samples=latent, **UPSIDE_DOWN)
+    images, _, report = decode(comfy, vae, turned)
+    assert images.shape[0] == 9
+    assert "was mirrored or turned" in report
 
 
 @pytest.mark.parametrize("node", ["CVIV_Decode", "CVIV_DecodeToVideo"])

@@ -9,7 +9,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from vae_core.cli import app as commands
-from vae_core.cli.work import Form, notes_on, open_clip
+from vae_core.cli.outputs import Form
+from vae_core.cli.work import notes_on, open_clip
 from vae_core.media.video import read_frames
 
 from .clips import write_av

@@ -64,7 +64,7 @@ def _sound(here: Path) -> str:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (_text, "text.mp4: cannot be read as video"),
+        (_text, "text.mp4: is a text file"),
         (_sound, "tone.m4a: holds only sound"),
         (lambda here: "nowhere.mp4", "nowhere.mp4: no such file"),
         (lambda here: ".", "is a folder; give a video file"),

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -200,7 +202,7 @@ def test_other_settings_need_another_folder(here: Path) -> None:
 def test_presets() -> None:
     webvid = PROTOCOLS["webvid"]
     assert (webvid.size, webvid.frames, webvid.stride) == ((256, 256), 33, 3)
-    assert {"webvid", "kinetics-600", "activitynet", "480p", "720p", "1080p"} == set(PROTOCOLS)
+    assert {"webvid", "coco", "kinetics-600", "activitynet", "480p", "720p", "1080p"} == set(PROTOCOLS)
     assert all(protocol.note for protocol in PROTOCOLS.values())
 
 
@@ -296,6 +298,22 @@ def test_fvd_is_of_windows_of_sixteen_frames(here: Path) -> None:
     assert torch.equal(unpack(pack(features)), features)
 
 
+def test_lpips_of_another_file_needs_another_folder(here: Path) -> None:
+    path = video(here / "clip.mp4", frames=2, height=32, width=48)
+    network: Any = SimpleNamespace(kind="alex", frames=lambda ours, theirs: torch.zeros(ours.shape[2]))
+    choices = [Choice(name="same", identity="same", load=Shrink)]
+
+    def measured(file: str) -> int:
+        found = Networks(lpips=network, lpips_file=file)
+        return evaluate(
+            {"clip": path}, choices, here / "report", protocol=Protocol(name="x"), networks=found, pictures=False
+        ).measured
+
+    assert (measured("1a"), measured("1a")) == (1, 0)
+    with pytest.raises(ValueError, match="lpips"):
+        measured("2b")
+
+
 def test_offline_says_what_to_do(here: Path) -> None:
     found = find_networks()
     assert (found.lpips, found.video) == (None, None)
@@ -329,7 +347,7 @@ def test_a_protocol_is_called_changed_where_it_is(
     ("words", "said"),
     [
         (("videos", "--vae", "nowhere.pth"), "--vae nowhere.pth: no such file or folder"),
-        (("videos", "--protocol", "imagenet"), "choose one of webvid, kinetics-600"),
+        (("videos", "--protocol", "imagenet"), "choose one of webvid, coco, kinetics-600"),
         (("videos", "--size", "huge"), "--size huge is no size; give WIDTHxHEIGHT"),
         (("nowhere",), "nowhere: no such file or folder"),
         (("videos", "--tile-px", "100"), "--tile-px: Tiles of 100 px"),

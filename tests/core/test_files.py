@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import struct
 import sys
+import time
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import vae_core
 from vae_core.errors import CheckpointError
 from vae_core.weights.files import FOREIGN, read_weights, strip_foreign
 
@@ -243,6 +247,35 @@ def test_a_header_of_any_length_is_recognized(length: int, tmp_path: Path) -> No
     assert read_weights(tmp_path / "a.safetensors").tensors["a"] == 7
 
 
+ENTRY = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+HEADERS: dict[str, tuple[Callable[[], bytes], bool]] = {  # and whether it is read
+    "tensors": (
+        lambda: b"{" + b'"l":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},' * 280_000 + ENTRY, False,
+    ),
+    "nested": (lambda: b'{"a":' + b"[" * 8_000_000 + b"]" * 8_000_000 + b"}", False),
+    "axes": (lambda: b'{"a":{"dtype":"F32","shape":[' + b"1," * 8_000_000 + b'1],"data_offsets":[0,4]}}', False),
+    "digits": (lambda: b'{"a":{"dtype":"F32","shape":[' + b"1" * 15_000_000 + b'],"data_offsets":[0,4]}}', False),
+    "blanks": (lambda: b"{" + b" " * 16_000_000 + ENTRY, False),
+    "long text": (lambda: b'{"__metadata__":{"workflow":"' + b"x" * 16_000_000 + b'"},' + ENTRY, True),
+    "escapes": (lambda: b'{"__metadata__":{"workflow":"' + b"\\u0041" * 2_600_000 + b'"},' + ENTRY, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(HEADERS))
+def test_a_header_of_16_mb_costs_little(tmp_path: Path, kind: str) -> None:
+    make, taken = HEADERS[kind]
+    header = make()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    if taken:
+        assert list(read_weights(path).tensors) == ["a"]
+    else:
+        assert "lists more than 40,000 things" in _error(path)
+    assert time.process_time() - began < 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
 @pytest.mark.parametrize("kept", [9, 100, 0.3, 0.9, 0.999])
 def test_a_truncated_safetensors_file_gives_both_sizes(kept: float, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
@@ -327,6 +360,17 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 def test_a_dangling_link_names_its_target(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").symlink_to("/mnt/models/cv-vae.safetensors")
     assert "is a link to /mnt/models/cv-vae.safetensors, which is not there" in _error(tmp_path / "a.safetensors")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_saved_weights_may_be_read_as_any_new_file(tmp_path: Path, small_vae: Callable[..., vae_core.VideoVAE]) -> None:
+    before = os.umask(0o027)
+    try:
+        for name in ("a.safetensors", "a.pth"):
+            vae_core.save(small_vae("iv-vae", torch.float32), tmp_path / name)
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])

@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from vae_core.cli import app as commands
-from vae_core.cli.work import Form, open_clip
+from vae_core.cli.outputs import Form
+from vae_core.cli.work import open_clip
 from vae_core.errors import VideoError
 from vae_core.media.latents import open_latent
 from vae_core.media.video import frame_times, probe, read_frames

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vae_core.cli.work import Form, open_clip
+from vae_core.cli.outputs import Form
+from vae_core.cli.work import open_clip
 from vae_core.errors import VideoError
 from vae_core.media.rates import constant_rate, on_grid, snapped
 from vae_core.media.sound import read_sound

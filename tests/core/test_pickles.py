@@ -6,8 +6,6 @@ import io
 import pickle
 import resource
 import struct
-import subprocess
-import sys
 import time
 import zipfile
 from collections import Counter, OrderedDict
@@ -123,7 +121,7 @@ BOMBS = {
     + b"K\x01" * 50_000
     + b"tq\x000"
     + _call("torch._utils", "_rebuild_tensor_v2", b"(NK\x00h\x00h\x00t"),
-    "deep key": b"}N" + b"\x85" * 1_000_000 + b"K\x01s",
+    "deep key": b"}N" + b"\x85" * 200_000 + b"K\x01s",
 }
 
 
@@ -157,10 +155,11 @@ def test_values_without_tensors_are_not_made(tmp_path: Path) -> None:
     assert time.process_time() - began < 5
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_plain_pickle_is_called_what_it_is(tmp_path: Path, protocol: int) -> None:
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("content", [{"a": 1}, [1, 2]])
+def test_a_plain_pickle_is_called_what_it_is(tmp_path: Path, protocol: int, content: object) -> None:
     for name in ("a.pth", "a.safetensors"):
-        (tmp_path / name).write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
+        (tmp_path / name).write_bytes(pickle.dumps(content, protocol=protocol))
         assert "is a plain Python pickle, not a file of torch.save, and is refused" in _error(tmp_path / name)
 
 
@@ -223,15 +222,10 @@ def test_a_list_of_contents_without_end_is_refused(tmp_path: Path) -> None:
     assert "its list of contents takes more than the 4,194,304 bytes" in _error(path)
 
 
-def test_torchs_own_unpickler_is_not_asked(tmp_path: Path) -> None:
-    """In a process where torch.load raises, files are read all the same."""
+def test_torchs_own_unpickler_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.ones(3)}, tmp_path / "a.pth")
-    script = "import sys, torch; torch.load = None\nfrom vae_core.weights.files import read_weights\n"
-    script += "print(read_weights(sys.argv[1]).tensors)"
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "a.pth"], capture_output=True, text=True, check=True
-    )
-    assert "tensor([1., 1., 1.])" in done.stdout
+    monkeypatch.setattr(torch, "load", None)
+    assert torch.equal(read_weights(tmp_path / "a.pth").tensors["a"], torch.ones(3))
 
 
 def test_a_big_endian_file_is_named(tmp_path: Path) -> None:

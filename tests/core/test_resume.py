@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vae_core import VideoError, VideoVAE, load
 from vae_core.cli.decoding import chosen, decode, store_for
-from vae_core.cli.work import Form
+from vae_core.cli.outputs import Form
 from vae_core.door.resume import DecodeStore
 from vae_core.media.latents import open_latent
 

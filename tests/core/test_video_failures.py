@@ -20,6 +20,21 @@ def _text(folder: Path) -> Path:
     return folder / "text.mp4"
 
 
+def _page(folder: Path) -> Path:
+    (folder / "page.mp4").write_text("<!DOCTYPE html><html>Please log in</html>")
+    return folder / "page.mp4"
+
+
+def _zeros(folder: Path) -> Path:
+    (folder / "zeros.mkv").write_bytes(bytes(5000))
+    return folder / "zeros.mkv"
+
+
+def _pointer(folder: Path) -> Path:
+    (folder / "clip.mov").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
+    return folder / "clip.mov"
+
+
 def _cut(folder: Path) -> Path:
     whole = with_sound(folder / "whole.mp4", 10)
     (folder / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
@@ -38,7 +53,10 @@ def _empty(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (_text, "cannot be read as video"),
+        (_text, "text.mp4: is a text file"),
+        (_page, "page.mp4: is an HTML page, as a download link saves it"),
+        (_zeros, "starts with nothing but zero bytes, as an interrupted download leaves it"),
+        (_pointer, "is a Git LFS pointer, not the file itself"),
         (_cut, "cannot be read as video"),
         (_empty, "cannot be read as video"),
         (_sound_only, "holds only sound; give a file with a video stream"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,41 @@ def test_a_missing_shard_is_named_whatever_is_given(tmp_path: Path) -> None:
         said = _error(source)
         assert "belongs to weights in 3 shards, of which" in said
         assert f"{STEM}-00002-of-00003.safetensors is not in the folder of" in said
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards_of_a_variant_are_found_from_everywhere(tmp_path: Path, index: bool) -> None:
+    """As diffusers names them: the variant stands in the shards before the number, and in the index before .json."""
+    folder = tmp_path / "vae"
+    path = _sharded(folder, {f"a{n}": torch.full((1,), float(n)) for n in range(4)}, 2)
+    table = path.read_text().replace(STEM, f"{STEM}.fp16")
+    path.unlink()
+    for shard in list(folder.iterdir()):
+        shard.rename(folder / shard.name.replace(STEM, f"{STEM}.fp16"))
+    given = [folder, *folder.glob("*.safetensors")]
+    if index:
+        given.append(folder / f"{STEM}.safetensors.index.fp16.json")
+        given[-1].write_text(table)
+    for source in given:
+        assert sorted(read_weights(source).tensors) == ["a0", "a1", "a2", "a3"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes links")
+def test_a_link_to_nothing_is_named_wherever_it_is(tmp_path: Path) -> None:
+    index = _sharded(tmp_path / "vae", {f"a{n}": torch.ones(1) for n in range(4)}, 2)
+    gone = tmp_path / "vae" / f"{STEM}-00002-of-00002.safetensors"
+    gone.unlink()
+    gone.symlink_to(tmp_path / "blobs" / "ab12")
+    for source in (tmp_path / "vae", index, gone.with_name(f"{STEM}-00001-of-00002.safetensors"), gone):
+        assert f"is a link to {tmp_path}/blobs/ab12, which is not there" in _error(source)
+    (tmp_path / "models").symlink_to("/mnt/gone")
+    assert "is reached by" in _error(tmp_path / "models" / "vae.safetensors")
+    assert "a link to /mnt/gone, which is not there" in _error(tmp_path / "models" / "vae.safetensors")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "a.safetensors").symlink_to(tmp_path / "models")
+    assert "holds no weights; a.safetensors is a link to /mnt/gone" in _error(tmp_path / "alone")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "which leads back to itself" in _error(tmp_path / "loop")
 
 
 @pytest.mark.parametrize(

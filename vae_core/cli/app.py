@@ -1,6 +1,7 @@
 """The commands."""
 
 import io
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,14 +15,13 @@ from ..door.loading import load
 from ..door.vae import VideoVAE
 from ..media.latents import SOUND_ENDING, LatentFile, open_latent, sound_name
 from ..media.pictures import is_picture
-from ..media.video import check_output_name
 from . import report
 from .blocks import kind_of_file, latent_block, name_of, video_block
 from .decoding import check_latent, chosen, decode, decoded_paths, sound_of, store_for, unfinished_folder
 from .demo import demo_command
 from .encode_dataset import encode_dataset_command
 from .evaluate import build_set_command, evaluate_command
-from .guard import UserError, guarded, note, out, say, say_written, set_debug
+from .guard import Commands, UserError, guarded, note, out, say, say_written, set_debug, show
 from .inflate import inflate_command
 from .options import (
     Bits,
@@ -50,20 +50,19 @@ from .options import (
     form_of,
     load_weights,
 )
+from .outputs import check_outputs, fitting, lost_in_pictures
 from .plan import plan_command
 from .progress import bar_of, progress
 from .svd_adapter import train_svd_adapter_command
 from .train import train_command
 from .work import (
-    Form,
-    check_outputs,
     encode,
-    fitting,
     opened,
     reconstruct,
 )
 
 app = typer.Typer(
+    cls=Commands,
     help="CV-VAE and IV-VAE: video into latents and back, exactly and in bounded memory.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -82,6 +81,7 @@ app.command("train-svd-adapter")(train_svd_adapter_command)
 
 def run() -> None:
     """Run the command line; ends in SystemExit."""
+    os.environ.setdefault("SVT_LOG", "1")  # else the AV1 encoder tells its settings on 20 lines
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console's code page lacks most of the world's letters
@@ -193,8 +193,8 @@ def decode_command(
     file = open_latent(latents)
     form = form_of(crf, codec, bits, pix_fmt)
     job = chosen(file, form, start, frames)
-    path = output or Path(fitting(latents.name.split(".")[0], f"_decoded{_usual_suffix(job.frames)}"))
-    _check_name(path, form)
+    path = output or Path(fitting(_bare_name(latents), f"_decoded{_usual_suffix(job.frames)}"))
+    form.check(path, job.size)
     sound, missing = sound_of(file)
     paths = decoded_paths(file, path)
     inputs = [latents] + ([] if sound is None else [sound])
@@ -203,10 +203,9 @@ def decode_command(
     vae = bounded(_load_for(file, weights, dtype, device), budget, ram, tiling, tile)
     if missing is not None:
         note(missing)
-    if is_picture(path) and sound is not None:
-        note("Pictures hold no sound; it is left out.")
-    if is_picture(path) and file.meta.times is not None:
-        note("Pictures hold no times; those of the frames are left out.")
+    meta = file.meta
+    for text in lost_in_pictures(path, sound=sound is not None, times=meta.times is not None, aspect=meta.aspect):
+        note(text)
     store = store_for(vae, job, paths, blended=tiling is TilingOption.blended) if resume else None
     if store is not None and store.found:
         note(f"{_frames(store.found)} of {job.frames} are there from an earlier run; goes on after them.")
@@ -257,13 +256,17 @@ def reconstruct_command(
     plain = output or Path(fitting(video.stem, f"_reconstruction{suffix}"))
     beside = plain.with_name(fitting(plain.stem if output else video.stem, f"_side_by_side{plain.suffix}"))
     form = form_of(crf, codec, bits, pix_fmt)
-    _check_name(plain, form)
+    form.check(plain, clip.info.size)
+    for text in lost_in_pictures(
+        plain, sound=clip.info.has_audio, times=clip.times is not None and clip.frames > 1, aspect=clip.info.aspect
+    ):
+        note(text)
     check_outputs((plain, beside), overwrite=overwrite, inputs=(video,), frames=clip.frames)
     vae = bounded(load_weights(weights, dtype, device), budget, ram, tiling, tile)
     with progress("reconstructing", clip.frames) as advance:
         quality, told = reconstruct(vae, clip, plain=plain, beside=beside, form=form, seed=seed, advance=advance)
     _say_told(told)
-    out.print(report.quality_table(quality, out.width))
+    show(report.quality_table(quality, out.width))
     psnr, ssim = quality.mean
     count = len(quality.psnr)
     say(f"mean of {count} frame{'s' * (count != 1)}: PSNR {report.figure(psnr, 2)} dB, SSIM {report.figure(ssim, 4)}")
@@ -296,19 +299,17 @@ def _frames(count: int) -> str:
     return "1 frame" if count == 1 else f"{count} frames"
 
 
+def _bare_name(latents: Path) -> str:
+    """The name of a latent file without what all of them end in."""
+    return latents.name.removesuffix(".safetensors").removesuffix(".latent")
+
+
 def _usual_suffix(frames: int) -> str:
     return ".png" if frames == 1 else ".mp4"
 
 
 def _kind_of(path: Path) -> str:
     return "video" if not is_picture(path) else "pictures" if "%" in path.name else "picture"
-
-
-def _check_name(path: Path, form: Form) -> None:
-    """Raise VideoError or UserError for a name or a form that cannot be written."""
-    if not is_picture(path):
-        check_output_name(path)
-    form.check(path)
 
 
 def _load_for(file: LatentFile, weights: str | None, dtype: DType, device: str) -> VideoVAE:

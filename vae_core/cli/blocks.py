@@ -6,13 +6,13 @@ import torch
 
 from ..media.latents import TENSOR, LatentFile
 from ..media.video import losses, probe
-from ..weights.files import SUFFIXES
+from ..weights.folders import SUFFIXES, is_index
 from ..weights.headers import UnreadableError, read_header, sniff
 
 
 def kind_of_file(path: Path) -> str:
     """ "latent", "video" or "weights", by what the file holds."""
-    if path.is_dir() or not path.exists() or path.suffix.lower() in SUFFIXES:
+    if path.is_dir() or not path.exists() or path.suffix.lower() in SUFFIXES or is_index(path):
         return "latent" if _is_latent(path) else "weights"
     try:
         sniff(path)

@@ -27,7 +27,8 @@ from ..media.video import VideoWriter
 from ..run.snapshots import Snapshots
 from ..weights.tensors import digest
 from .guard import UserError
-from .work import Advance, Form, Writer, fitting, remedy, uneven
+from .outputs import Form, fitting
+from .work import Advance, Writer, remedy, uneven
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import typer
 
 from ..door.loading import DEMO_FOLDER
 from . import report
-from .guard import UserError, guarded, out, say, say_written
+from .guard import UserError, guarded, say, say_written, show
 from .options import (
     Budget,
     Device,
@@ -23,8 +23,9 @@ from .options import (
     bounded,
     load_weights,
 )
+from .outputs import check_outputs
 from .progress import progress
-from .work import Clip, Quality, check_outputs, opened, reconstruct
+from .work import Clip, Quality, opened, reconstruct
 
 DEMO_CLIP = DEMO_FOLDER / "demo_clip.mp4"
 DEMO_NAMES = ("demo-cv-vae", "demo-iv-vae")
@@ -64,7 +65,7 @@ def demo_command(
         results.append((f"{name} (z {vae.info.latent_channels})", quality, time.monotonic() - began))
         pickers.append(picker)
     _draw_sheet(sheet, clip, pickers, results)
-    out.print(report.summary_table(results))
+    show(report.summary_table(results))
     say("Demo weights are small and briefly trained: they show that all works, not what the papers' models reach.")
     say_written([(name, path) for name, pair in videos.items() for path in pair] + [("contact sheet", sheet)])
 

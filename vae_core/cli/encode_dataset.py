@@ -1,6 +1,5 @@
 """The command encode-dataset."""
 
-import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +24,7 @@ from .options import (
     Weights,
     device_and_dtype,
     limits_of,
+    size_of,
 )
 
 SKIPPED = 3  # exit code: done, but clips were left out
@@ -90,7 +90,7 @@ def encode_dataset_command(
             stored={Stored.float32: torch.float32, Stored.float16: torch.float16, Stored.bfloat16: torch.bfloat16}[
                 stored
             ],
-            size=None if size is None else _size(size),
+            size=None if size is None else size_of(size),
             frames=frames,
             stride=stride,
             seed=seed,
@@ -138,11 +138,3 @@ def _run(job: EncodeJob, device: torch.device, ray: str | None, workers: int) ->
 
         address = None if ray == "local" else ray
         return run_on_ray(job, device=str(device), workers=workers, address=address, progress=progress)
-
-
-def _size(text: str) -> tuple[int, int]:
-    """(height, width) of WIDTHxHEIGHT."""
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is None:
-        raise UserError(f"--size {text} is no size; give WIDTHxHEIGHT, such as 256x256.")
-    return int(found[2]), int(found[1])

@@ -1,7 +1,6 @@
 """The commands evaluate and build-set."""
 
 import importlib.util
-import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,8 +13,20 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 
 from ..run.tiling import ReferencePlan
-from .guard import UserError, err, guarded, note, out, say, warn
-from .options import Budget, Device, DType, DTypeOption, Ram, Tile, Tiling, TilingOption, device_and_dtype, limits_of
+from .guard import UserError, cell, err, guarded, note, say, show, visible, warn
+from .options import (
+    Budget,
+    Device,
+    DType,
+    DTypeOption,
+    Ram,
+    Tile,
+    Tiling,
+    TilingOption,
+    device_and_dtype,
+    limits_of,
+    size_of,
+)
 from .report import figure
 
 if TYPE_CHECKING:
@@ -54,7 +65,7 @@ def evaluate_command(
         typer.Option(
             "--protocol",
             "-p",
-            help="webvid, kinetics-600, activitynet, 480p, 720p or 1080p; the options below change it.",
+            help="webvid, coco, kinetics-600, activitynet, 480p, 720p or 1080p; the options below change it.",
         ),
     ] = None,
     size: Size = None,
@@ -115,7 +126,7 @@ def evaluate_command(
     with _spinner() as (bar, task):
 
         def progress(video: str, name: str, count: int) -> None:
-            bar.update(task, description=f"{name}: {video}", advance=count)
+            bar.update(task, description=visible(f"{name}: {video}"), advance=count)
 
         try:
             outcome = evaluate(
@@ -128,7 +139,7 @@ def evaluate_command(
         if text not in networks.missing:
             note(text)
     files = [write_page(outcome, output, clips=clips), *write_tables(outcome, output)]
-    out.print(_table(outcome))
+    show(_table(outcome))
     for path in files:
         say(f"{path.name}: {path}")
     _end(outcome.broken, len(found))
@@ -152,23 +163,23 @@ def build_set_command(
     A video that cannot be read is reported and left out; the exit code is then 3.
     """
     _check_installed(_OPENCV)
-    from ..evaluation.build_set import MANIFEST, build_set  # needs what only evaluation needs
+    from ..evaluation.build_set import MANIFEST, build_set, without_sets  # needs what only evaluation needs
     from ..evaluation.protocols import find_videos
 
     if (output / MANIFEST).exists() and not overwrite:
         raise UserError(f"{output / MANIFEST} exists already; add --overwrite to replace it, or choose another -o.")
-    found = find_videos(videos, without=output)
+    found = without_sets(find_videos(videos, without=output))
     with _spinner() as (bar, task):
         built = build_set(
-            found, output, count=count, size=_size(size), frames=frames, per_video=per_video, crf=crf,
-            progress=lambda text: bar.update(task, description=text, advance=1),
+            found, output, count=count, size=size_of(size), frames=frames, per_video=per_video, crf=crf,
+            progress=lambda text: bar.update(task, description=visible(text), advance=1),
         )  # fmt: skip
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("clip", "motion", "from frame"):
         table.add_column(name, justify="left" if name == "clip" else "right")
     for cut in built.cuts:
-        table.add_row(cut.file, f"{cut.motion:.4f}", str(cut.start))
-    out.print(table)
+        table.add_row(cell(cut.file), f"{cut.motion:.4f}", str(cut.start))
+    show(table)
     if len(built.cuts) < count:
         note(f"{len(built.cuts)} clips were cut where {count} were asked for: there are no more.")
     if built.too_small:
@@ -197,20 +208,12 @@ def _protocol(
     chosen = PROTOCOLS[name] if name else Protocol(name="as asked")
     asked = replace(
         chosen,
-        size=_size(size) if size else chosen.size,
+        size=size_of(size) if size else chosen.size,
         frames=frames or chosen.frames,
         stride=stride or chosen.stride,
         start=start if start is not None else chosen.start,
     )
     return asked if name is None or asked == chosen else replace(asked, name=f"{name}, changed")
-
-
-def _size(text: str) -> tuple[int, int]:
-    """(height, width) of "WIDTHxHEIGHT"."""
-    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if found is None or min(int(found[1]), int(found[2])) < 16:
-        raise UserError(f"--size {text} is no size; give WIDTHxHEIGHT such as 1920x1080, 16 or more each.")
-    return int(found[2]), int(found[1])
 
 
 def _checked(plan: type[ReferencePlan], tile_px: int) -> ReferencePlan:
@@ -248,7 +251,7 @@ def _table(outcome: "Outcome") -> Table:
     for _, heading, _ in shown:
         table.add_column(heading, justify="right")
     for row in found:
-        table.add_row(row.name, *(figure(row.figures[key], digits) for key, _, digits in shown))
+        table.add_row(cell(row.name), *(figure(row.figures[key], digits) for key, _, digits in shown))
     return table
 
 

@@ -10,20 +10,23 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec, cast
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
 from ..door.downloads import DownloadError
 from ..door.output import NotFiniteError
-from ..errors import BudgetError, CheckpointError, LatentFileError, VideoError
+from ..errors import AdapterError, BudgetError, CheckpointError, LatentFileError, VideoError
 from ..run.stream import is_out_of_memory
 
 P = ParamSpec("P")
 _ENDING = ("SIGTERM", "SIGHUP", "SIGBREAK")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
 
@@ -40,6 +43,17 @@ class Terminated(BaseException):
         self.number = number
 
 
+_ANSWERED = (
+    UserError,
+    AdapterError,
+    BudgetError,
+    CheckpointError,
+    LatentFileError,
+    VideoError,
+    NotFiniteError,
+)  # whose text is all that a user needs
+
+
 class _Mode:
     debug = False
 
@@ -52,6 +66,21 @@ def set_debug(value: bool) -> None:
 def say(text: str) -> None:
     """Lines to stdout, as they are: neither wrapped nor read as markup; what would steer a terminal is shown."""
     out.print(visible(text), soft_wrap=True, markup=False)
+
+
+def show(table: Table) -> None:
+    """A table to stdout; where that is no terminal, as wide as its content, so that no name is cut or wrapped."""
+    if out.is_terminal:
+        out.print(table)
+        return
+    wide = Console(file=out.file, width=10_000, highlight=False, emoji=False)
+    wide.width = wide.measure(table).maximum
+    wide.print(table)
+
+
+def cell(text: str) -> Text:
+    """A name from outside, for a table: not read as markup, with its control characters written out."""
+    return Text(visible(text))
 
 
 def note(text: str) -> None:
@@ -71,8 +100,36 @@ def say_written(files: Iterable[tuple[str, Path]]) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` with its control characters, from a file's names and texts, written out: an escape as \\x1b."""
+    """`text` with its control characters, from a file's names and texts, written out: an escape as \\x1b.
+
+    So are bytes of names that are no UTF-8.
+    """
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class Commands(TyperGroup):
+    """The commands, whose wrong use is one line on stderr, too."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:  # noqa: ANN401, as typer has it
+        """Run the command of a command line; ends in SystemExit."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            sys.exit(super().main(*args, standalone_mode=False, **extra) or 0)
+        except typer.Abort:
+            sys.exit(1)
+        except Exception as error:  # typer brings its own copy of click, or uses the one that is there
+            message: Callable[[], str] | None = getattr(error, "format_message", None)
+            context: Any = getattr(error, "ctx", None)
+            if message is None:
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                cast("Any", error).show()
+            else:
+                where = "cviv-vae" if context is None else context.command_path
+                said = message().strip().rstrip(".").replace("Value error, ", "")
+                warn(f"Error: {said}{'' if said.endswith('?') else '.'} See {where} -h.")
+            sys.exit(2)
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -87,7 +144,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _end("Stopped. No unfinished file is left behind.", 130)
         except Terminated as ended:
             _end("Ended from outside. No unfinished file is left behind.", 128 + ended.number)
-        except (UserError, BudgetError, CheckpointError, LatentFileError, VideoError, NotFiniteError) as error:
+        except _ANSWERED as error:
             _end(str(error), 2)
         except DownloadError as error:
             _end(str(error), 1)

@@ -10,7 +10,7 @@ from ..door.loading import save
 from ..training.inflation import InflationError, inflate
 from .guard import UserError, guarded, note, say
 from .options import Overwrite
-from .work import check_outputs
+from .outputs import check_outputs
 
 
 class FamilyOption(str, Enum):

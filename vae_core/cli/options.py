@@ -1,5 +1,6 @@
 """Options that several commands share, and what they stand for."""
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,9 @@ from ..door.limits import Limits
 from ..door.loading import load
 from ..door.vae import VideoVAE
 from .guard import UserError
-from .work import Form
+from .outputs import Form
+
+LEAST_SIDE = 16  # pixels
 
 
 class DType(str, Enum):
@@ -57,7 +60,9 @@ Seed = Annotated[
     typer.Option("--seed", min=0, max=2**63 - 1, help="Draw from the posterior with this seed; without: its mean."),
 ]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Precision; auto: bfloat16 on CUDA, else float32.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, xpu, mps.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:0, xpu, mps; cuda:0,cuda:1: share the chunks.")
+]
 Start = Annotated[int, typer.Option("--start", min=0, help="First frame to use, counted from 0.")]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="How many frames to use; without: to the end.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
@@ -133,8 +138,8 @@ def bounded(vae: VideoVAE, budget: float | None, ram: float | None, tiling: Tili
 
 
 def bytes_of(gib: float | None) -> int | None:
-    """GiB in bytes."""
-    return None if gib is None else int(gib * 2**30)
+    """GiB in bytes; what is more than any machine has is a million."""
+    return None if gib is None else int(min(gib, 1e6) * 2**30)
 
 
 def form_of(crf: float | None, codec: CodecOption | None, bits: int | None, pix_fmt: str | None) -> Form:
@@ -143,9 +148,13 @@ def form_of(crf: float | None, codec: CodecOption | None, bits: int | None, pix_
 
 
 def load_weights(weights: str, dtype: DType, device: str) -> VideoVAE:
-    """The VAE that the options name."""
-    where, kind = device_and_dtype(dtype, device)
-    return load(weights, device=where, dtype=kind)
+    """The VAE that the options name, on one device or several."""
+    (where, kind), *others = [device_and_dtype(dtype, name) for name in device.split(",")]
+    vae = load(weights, device=where, dtype=kind)
+    try:
+        return vae.on([where, *(other for other, _ in others)]) if others else vae
+    except ValueError as error:
+        raise UserError(f"--device {device}: {error}") from error
 
 
 def device_and_dtype(dtype: DType, device: str) -> tuple[torch.device, torch.dtype]:
@@ -189,3 +198,11 @@ def _count(kind: str) -> int:
     if kind == "mps":
         return int(torch.backends.mps.is_available())
     return torch.cuda.device_count() if kind == "cuda" else torch.xpu.device_count()
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(height, width) of WIDTHxHEIGHT. Raises UserError for anything else."""
+    found = re.fullmatch(r"(\d{1,6})[xX*](\d{1,6})", text)
+    if found is None or min(int(found[1]), int(found[2])) < LEAST_SIDE:
+        raise UserError(f"--size {text} is no size; give WIDTHxHEIGHT such as 1920x1080, {LEAST_SIDE} or more each.")
+    return int(found[2]), int(found[1])

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..atomic import atomic_write
 from ..pictures.plan import draw_plan
 from ..plan.planner import PlanOptions
 from ..plan.rates import Rates
@@ -23,6 +24,7 @@ from .options import (
     device_named,
     dtype_for,
     load_weights,
+    size_of,
 )
 
 
@@ -35,9 +37,10 @@ class Way(str, Enum):
 
 @guarded
 def plan_command(
-    width: Annotated[int, typer.Option("--width", min=1, help="Width of the frames in pixels.")],
-    height: Annotated[int, typer.Option("--height", min=1, help="Height of the frames in pixels.")],
-    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of the clip.")],
+    frames: Annotated[int, typer.Option("--frames", min=1, max=10**9, help="Frames of the clip.")],
+    size: Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT of the frames in pixels.")] = None,
+    width: Annotated[int | None, typer.Option("--width", min=1, max=10**6, help="Instead of --size.")] = None,
+    height: Annotated[int | None, typer.Option("--height", min=1, max=10**6, help="Instead of --size.")] = None,
     way: Annotated[Way, typer.Option("--way", help="decode or encode.")] = Way.DECODE,
     budget: Budget = None,
     ram: Ram = None,
@@ -63,6 +66,7 @@ def plan_command(
     """
     if picture is not None and picture.suffix.lower() != ".png":
         raise UserError(f"{picture} is not the name of a PNG file: end it in .png.")
+    height, width = _sides(size, width, height)
     vae = load_weights(weights, dtype, "cpu")
     where = device_named(device)
     kind = dtype_for(dtype, where)
@@ -86,5 +90,15 @@ def plan_command(
     title = f"{way.value} {frames} frames of {width}x{height} with {vae.family}, {precision}, {limit}"
     say(f"{title}\n{plan}")
     if picture is not None:
-        draw_plan(plan, (height, width), frames, title).save(picture)
+        with atomic_write(picture) as part:
+            draw_plan(plan, (height, width), frames, title).save(part)
         say(f"picture  {picture}")
+
+
+def _sides(size: str | None, width: int | None, height: int | None) -> tuple[int, int]:
+    """Height and width, of --size or of the two options."""
+    if size is not None and width is None and height is None:
+        return size_of(size)
+    if size is not None or width is None or height is None:
+        raise UserError("Give --size WIDTHxHEIGHT such as 1280x720, or both of --width and --height instead.")
+    return height, width

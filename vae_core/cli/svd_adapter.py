@@ -1,9 +1,7 @@
 """`cviv-vae train-svd-adapter`: SVD's output layer, tuned on clips of a folder without ComfyUI."""
 
-import hashlib
 import importlib.util
 import itertools
-import json
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,20 +21,26 @@ from ..media.latents import open_latent
 from ..media.video import probe, read_frames
 from ..pictures.losses import draw_losses
 from ..svd.adapter import OUTPUTS, save_adapter
+from ..svd.files import (
+    FEWEST,
+    LATENTS,
+    UNIT,
+    check_any,
+    check_latent,
+    check_size,
+    fingerprint,
+    left_out,
+    training_files,
+)
 from ..svd.scenes import beginning_of, look_through, spans_of
-from ..svd.session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, WorseLayerError, with_buckets
+from ..svd.session import CHECKPOINT_EVERY, HELD_OUT, Training, TrainingClip, with_buckets
 from ..svd.trainer import LATENT_SCALE, METHODS, AdapterTrainer, TrainSettings
 from .guard import UserError, err, guarded, note, say
 from .options import Device, DType, DTypeOption, Overwrite, device_and_dtype, load_weights
-from .work import check_outputs
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from ..svd.unet import ImageEncoder, ImageVAE
-
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-LATENTS = ".safetensors"
-_FEWEST = 1 + VIDEO.time  # frames of a clip
-_UNIT = 8 * VIDEO.space  # pixels; the U-Net halves a latent three times
 
 
 class Method(str, Enum):
@@ -62,12 +66,10 @@ def train_svd_adapter_command(
     ridge: Annotated[
         float, typer.Option("--ridge", min=1e-9, help="How strongly ridge regression holds the old weights.")
     ] = 1e-3,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of clips, noise levels and noise.")] = 0,
-    frames: Annotated[int, typer.Option("--frames", min=_FEWEST, help="Of a clip; longer videos give several.")] = 97,
-    width: Annotated[
-        int, typer.Option("--width", min=_UNIT, help="Videos are scaled and cut to this width ...")
-    ] = 1024,
-    height: Annotated[int, typer.Option("--height", min=_UNIT, help="... and height.")] = 576,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of clips, noise levels and noise.")] = 0,
+    frames: Annotated[int, typer.Option("--frames", min=FEWEST, help="Of a clip; longer videos give several.")] = 97,
+    width: Annotated[int, typer.Option("--width", min=UNIT, help="Videos are scaled and cut to this width ...")] = 1024,
+    height: Annotated[int, typer.Option("--height", min=UNIT, help="... and height.")] = 576,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the training of this output.")] = False,
     dtype: DTypeOption = DType.auto,
     device: Device = "auto",
@@ -80,6 +82,7 @@ def train_svd_adapter_command(
     _check_installed()
     from ..svd.unet import load_network
 
+    check_size(width, height)
     places = _places(output, resume=resume, overwrite=overwrite)
     shape = _Shape(frames=frames, width=width, height=height)
     files = _files(folder)
@@ -88,7 +91,7 @@ def train_svd_adapter_command(
         learning_rate=learning_rate,
         ridge=ridge,
         seed=seed,
-        fingerprint=_fingerprint(files, shape),
+        fingerprint=fingerprint(files, frames, width, height),
     )
     source, where, kind = _source(svd, dtype, device)
     network = load_network(source, kind)  # before the clips, which may take long: what is wrong with it shows at once
@@ -110,18 +113,13 @@ def _train(training: Training, places: "_Places", steps: int, notes: list[str]) 
                 bar.update(task, advance=1, description=f"loss {loss:.4g}")
                 if trainer.steps % CHECKPOINT_EVERY == 0:
                     trainer.save(places.state)
-        except ValueError as error:  # the loss is not finite
-            raise UserError(str(error)) from error
         finally:
             if trainer.steps > training.first:
                 trainer.save(places.state)
         tuned = trainer.result()
         before, after = training.compare(tuned, lambda: bar.advance(task))
     draw_losses(trainer.losses, training.title(places.adapter.stem, before, after)).save(places.curve)
-    try:
-        training.check(before, after, str(places.state))
-    except WorseLayerError as error:
-        raise UserError(str(error)) from error
+    training.check(before, after, str(places.state))
     save_adapter(places.adapter, tuned - trainer.old, training.texts(before, after))
     where = f"adapter {places.adapter}\nstate {places.state}\nloss curve {places.curve}"
     report = training.report(before, after, time.monotonic() - began, where, notes)
@@ -154,18 +152,7 @@ def _places(output: Path, *, resume: bool, overwrite: bool) -> _Places:
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give one with videos, or with latent files that encode wrote.")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (*VIDEOS, LATENTS) and file.is_file())
-    if not files:
-        raise UserError(
-            f"{folder} holds neither videos ({', '.join(VIDEOS)}) nor latent files ({LATENTS}); folders in it are not "
-            "searched."
-        )
-    return files
-
-
-def _fingerprint(files: list[Path], shape: "_Shape") -> str:
-    told = [[file.name, file.stat().st_size] for file in files]
-    return hashlib.sha256(json.dumps([told, shape.frames, shape.width, shape.height]).encode()).hexdigest()
+    return training_files(folder)
 
 
 # ------------------------------------------------------------------------------------------------------ clips
@@ -178,13 +165,6 @@ class _Shape:
     frames: int
     width: int
     height: int
-
-    def __post_init__(self) -> None:
-        if self.width % _UNIT or self.height % _UNIT:
-            raise UserError(
-                f"The size is {self.width}x{self.height}; SVD is trained on multiples of {_UNIT}, such as 1024x576 or "
-                "512x320."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,12 +229,9 @@ def _clips(files: list[Path], shape: _Shape, models: _Models) -> tuple[list[Trai
                     )
                 )
             if len(clips) == before:
-                notes.append(f"{file.name} is left out: it has fewer than {_FEWEST} frames without a cut")
+                notes.append(left_out(file.name))
             bar.advance(task)
-    if not clips:
-        raise UserError(
-            f"No clip can be trained on: every file has fewer than {_FEWEST} frames without a cut. Add longer ones."
-        )
+    check_any(clips)
     return with_buckets(clips), notes
 
 
@@ -275,17 +252,7 @@ def _of_video(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[_Made]:
 def _of_latent(file: Path, shape: _Shape, vae: VideoVAE) -> Iterator[_Made]:
     """The beginning of a latent file, up to the first cut; decoded to see what is in it."""
     opened = open_latent(file)
-    if (opened.meta.family, opened.shape[1]) != ("cv-vae", OUTPUTS):
-        raise UserError(
-            f"{file} is a latent of {opened.meta.family} with {opened.shape[1]} channels, and SVD works on those of "
-            f"cv-vae with {OUTPUTS}: encode the video with CV-VAE, or take the file out of the folder."
-        )
-    height, width = opened.shape[-2:]
-    if height % (_UNIT // VIDEO.space) or width % (_UNIT // VIDEO.space):
-        raise UserError(
-            f"{file} is a latent of {width * VIDEO.space}x{height * VIDEO.space} pixels; SVD is trained on multiples "
-            f"of {_UNIT}, such as 1024x576: scale the video before it is encoded, or take the file out of the folder."
-        )
+    check_latent(str(file), opened.meta.family, opened.shape)
     count = min(opened.shape[2], VIDEO.latent_frames(shape.frames))
     if count < 2:
         return

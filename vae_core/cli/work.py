@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,42 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic import LONGEST_NAME
 from ..door.vae import VideoVAE
 from ..errors import VideoError
 from ..media.audio import save_sound
 from ..media.latents import LatentMeta, LatentWriter, sound_name
-from ..media.pictures import PictureWriter, is_picture, picture_paths
+from ..media.pictures import PictureWriter, is_picture
 from ..media.pixels import Hdr
 from ..media.scanning import timeline_of
 from ..media.timeline import Timeline
-from ..media.video import Codec, VideoInfo, VideoWriter, checked_stop, losses, probe, read_frames
+from ..media.video import VideoInfo, VideoWriter, checked_stop, losses, probe, read_frames
 from ..metrics import frame_quality
 from .guard import UserError, note
+from .outputs import Form
 
 Advance = Callable[[int], None]
 Watch = Callable[[int, Tensor, Tensor], None]
 Writer = VideoWriter | PictureWriter
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """How a result is stored; None for what is usual. Raises UserError where pictures are given what videos have."""
-
-    crf: float | None = None
-    codec: Codec | None = None
-    bits: int | None = None
-    pix_fmt: str | None = None
-
-    @property
-    def deep(self) -> bool:
-        """Whether it has more than 8 bits."""
-        return self.bits not in (None, 8)
-
-    def check(self, path: Path) -> None:
-        """Raise UserError for a choice that this kind of file does not have."""
-        if is_picture(path) and (self.crf is not None or self.codec is not None or self.pix_fmt is not None):
-            raise UserError(f"{path} is a picture: --crf, --codec and --pix-fmt are of videos; leave them out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,35 +233,6 @@ def reconstruct(
     if waiting:
         raise AssertionError(f"{len(waiting)} frames were read and never decoded")
     return quality, told
-
-
-def check_outputs(
-    paths: Iterable[Path], *, overwrite: bool, inputs: Iterable[Path] = (), frames: int | None = None
-) -> None:
-    """Raise UserError, before any work, where an output cannot or must not be written.
-
-    frames: how many there are, for outputs that are pictures.
-    """
-    sources = {source.resolve() for source in inputs}
-    for path in paths:
-        if path.resolve() in sources:
-            raise UserError(f"{path} is the input itself; choose another -o.")
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; give a file name with -o.")
-        if not path.parent.is_dir():
-            raise UserError(f"{path.parent} is no folder; make it first, or choose another -o.")
-        made = picture_paths(path, frames) if frames is not None and is_picture(path) else [path]
-        there = next((file for file in made if file.exists()), None)
-        if there is not None and not overwrite:
-            raise UserError(f"{there} exists already; add --overwrite to replace it, or choose another -o.")
-
-
-def fitting(stem: str, ending: str, spare: int = 0) -> str:
-    """A file name of `stem` and `ending` that is not longer than file systems take, with `spare` bytes left."""
-    room = LONGEST_NAME - len(os.fsencode(ending)) - spare
-    while len(os.fsencode(stem)) > room:
-        stem = stem[:-1]
-    return stem + ending
 
 
 def notes_on(clip: Clip) -> Iterator[str]:

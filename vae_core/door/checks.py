@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ..families import Compression
+from ..families import Compression, Family
+from ..run.windows import check_whole
 
 
 def check_clip(x: Tensor, family: str, channels: int, what: str, values: str) -> None:
@@ -93,3 +94,13 @@ def draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None, clamp:
     device = mean.device if generator is None else generator.device
     noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
     return mean + torch.exp(0.5 * (logvar if clamp is None else logvar.clamp(*clamp))) * noise
+
+
+def check_video(video: Tensor, family: Family, *, pad: bool) -> None:
+    """Raise ValueError for what is no clip of pixels or, without `pad`, has another length or size than fits."""
+    check_clip(video, family.id, 3, "video", "frames in [-1, 1]")
+    if video.shape[2] == 0:
+        raise ValueError("The video has no frames; give at least one.")
+    if not pad:
+        frames, height, width = video.shape[2:]
+        check_whole(frames, height, width, family.compression)

@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..atomic import atomic_write
 from ..errors import CheckpointError
 from ..families import Direction, Family, Network, recognize
 from ..weights.detect import describe_foreign
 from ..weights.files import read_weights, strip_foreign
+from ..weights.writing import write_safetensors, write_torch
 from .vae import VideoVAE
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
@@ -122,11 +121,10 @@ def save(vae: VideoVAE, path: str | os.PathLike[str], *, dtype: torch.dtype | No
     state = {
         name: tensor.to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in official_state(vae.model).items()
     }
-    with atomic_write(target) as part:
-        if target.suffix == ".pth":
-            torch.save(state, part)
-        else:
-            safetensors.torch.save_file(state, part, metadata=_metadata(vae))
+    if target.suffix == ".pth":
+        write_torch(target, state)
+    else:
+        write_safetensors(target, state, _metadata(vae))
 
 
 def _metadata(vae: VideoVAE) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from itertools import chain, islice
 from typing import Any, Unpack
 
@@ -14,11 +15,12 @@ from ..plan.planner import Budget, Plan, PlanOptions, budget_of, choose, describ
 from ..plan.rates import Rates, rates_of
 from ..plan.task import Task
 from ..run.executor import Pass
+from ..run.several import run_on_several
 from ..run.snapshots import Snapshots
 from ..run.stream import Between, Recover, RunOptions, run_chunks
 from ..run.tiling import AnyPlan
-from ..run.windows import check_whole, pad_stream, rechunk, whole_stream
-from .checks import check_clip, check_frames, checked, draw, runs_on, size_checked
+from ..run.windows import pad_stream, rechunk, whole_stream
+from .checks import check_clip, check_frames, check_video, checked, draw, runs_on, size_checked
 from .info import VAEInfo
 from .output import collect, host_frames, trimmed
 
@@ -38,6 +40,7 @@ class VideoVAE:
     def __init__(self, model: Network) -> None:
         self.model = model
         self._compiled: Callable[..., Any] | None = None
+        self._others: list[Network] = []  # the same weights on other devices
         self._limits: tuple[AnyPlan, PlanOptions] | None = None
 
     @property
@@ -83,7 +86,7 @@ class VideoVAE:
         all) after every chunk. run: `RunOptions`.
         Returns (b, z, t', h', w'). Raises ValueError for a wrong shape or dtype, or weights without an encoder.
         """
-        self._check_video(video, pad=pad)
+        check_video(video, self.model.family, pad=pad)
         stream = self.encode_stream([video], pad=pad, sample=sample, generator=generator, **run)
         return collect(stream, self._compression.latent_frames(video.shape[2]), dim=2, progress=progress)
 
@@ -92,7 +95,7 @@ class VideoVAE:
 
         Arguments and errors as in `encode`.
         """
-        self._check_video(video, pad=pad)
+        check_video(video, self.model.family, pad=pad)
         total = self._compression.latent_frames(video.shape[2])
         mean, logvar = collect(self._moments([video], pad, run), total, dim=2).chunk(2, dim=1)
         return mean, logvar
@@ -231,6 +234,20 @@ class VideoVAE:
         self._compiled = torch.compile(self.model.chunk, **options)
         return self
 
+    def on(self, devices: Sequence[torch.device | str]) -> VideoVAE:
+        """Run chunks on several devices at once, with a copy of the weights on each; returns self.
+
+        For families whose chunks stand alone. Raises ValueError for others, and without a device.
+        """
+        first, *others = map(torch.device, devices) if devices else (None,)
+        if first is None or (others and any(s.slots() for d in self.model.halves for s in self.model.steps(d))):
+            raise ValueError(
+                f"To run on {len(devices)} devices was asked of {self.family}; needed is one, and more than one only "
+                "for CV-VAE and image VAEs, whose chunks do not depend on each other."
+            )
+        self._others = [deepcopy(self.to(first).model).to(device) for device in others]
+        return self
+
     def within(self, plan: AnyPlan = None, **limits: Unpack[PlanOptions]) -> VideoVAE:
         """From now on, choose plans for what comes without one, and go on by a smaller one when memory runs out.
 
@@ -271,7 +288,10 @@ class VideoVAE:
     ) -> Iterator[Tensor]:
         if self._limits is not None and plan is None and recover is None:
             chunks, plan, recover = self._planned(direction, chunks, self._limits[1], self._limits[0])
-        work = Pass(self.model, direction, plan, compiled=self._compiled, between=between or (lambda: None))
+        if self._others:
+            networks = [self.model, *self._others]
+            return run_on_several(chunks, networks, direction, plan, recover=recover, between=between)
+        work = Pass(self.model, direction, plan, compiled=self._compiled, between=between)
         done = run_chunks(chunks, work, device=self.device, dtype=self.dtype, recover=recover, bring_back=bring_back)
         return done if snapshots is None else snapshots.kept(done, work, skipped)
 
@@ -374,14 +394,6 @@ class VideoVAE:
             latents=frames if decoding else self._compression.latent_frames(frames),
             size=(height, width) if decoding else (cells(height), cells(width)),
         )
-
-    def _check_video(self, video: Tensor, *, pad: bool) -> None:
-        check_clip(video, self.family, 3, *VIDEO)
-        if video.shape[2] == 0:
-            raise ValueError("The video has no frames; give at least one.")
-        if not pad:
-            frames, height, width = video.shape[2:]
-            check_whole(frames, height, width, self._compression)
 
 
 AUTOMATIC_SHARE = 0.85  # of the free memory of a GPU; the rest is for the screen, and what cannot be foreseen

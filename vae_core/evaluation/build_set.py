@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..atomic import remove
 from ..errors import VideoError
 from ..media.video import VideoInfo, VideoWriter, probe, read_frames
 from ..metrics import optical_flow
@@ -73,6 +74,8 @@ def build_set(
 ) -> BuiltSet:
     """Score `videos` by motion, choose `count` clips evenly over the range of motion, cut them, write the manifest.
 
+    Clips of a set that was in `folder` before go.
+
     videos: files by name. size: (height, width) of the clips; a larger video is scaled down until it just covers it and
     cut to its centre, a smaller one is passed over. frames: length of a clip. per_video: clips of one video at most,
     evenly along it. crf: quality of the H.264 clips, 0 is lossless. Videos that cannot be read, or are shorter than a
@@ -98,12 +101,15 @@ def build_set(
             f"{''.join(f' ({why})' for why in list(built.broken.values())[:1])}. Give others, or a smaller --size."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    before = clips_of(folder)
     for index, chosen in enumerate(evenly(scored, count)):
         path = videos[chosen.name]
         built.cuts.append(_cut(index, chosen, path, folder, size=size, frames=frames, crf=crf))
         if progress is not None:
             progress(f"cut {built.cuts[-1].file}")
     _write_manifest(built, folder)
+    for old in before - {cut.file for cut in built.cuts}:
+        remove(folder / Path(old).name)
     return built
 
 
@@ -205,6 +211,24 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 20):
             total.update(block)
     return total.hexdigest()
+
+
+def clips_of(folder: Path) -> set[str]:
+    """Names of the clips of the set in `folder`, by its manifest; none where there is no set."""
+    try:
+        document: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {str(clip["file"]) for clip in document["clips"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def without_sets(videos: Mapping[str, Path]) -> dict[str, Path]:
+    """`videos` but for the clips of sets that were cut before. Raises VideoError where none is left."""
+    sets = {folder: clips_of(folder) for folder in {path.parent for path in videos.values()}}
+    left = {name: path for name, path in videos.items() if path.name not in sets[path.parent]}
+    if videos and not left:
+        raise VideoError("All videos that were found are clips of a set that was cut before; give their sources.")
+    return left
 
 
 def check_set(folder: Path) -> list[str]:

@@ -78,6 +78,7 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol(name="webvid", size=(256, 256), frames=33, stride=3, note="CV-VAE's protocol on WebVid."),
+        Protocol(name="coco", size=(256, 256), frames=1, note="Pictures, as CV-VAE is measured on COCO; chosen here."),
         Protocol(name="kinetics-600", size=(256, 256), frames=33, note="Size, length and stride are chosen here."),
         Protocol(name="activitynet", size=(256, 256), frames=33, note="Size, length and stride are chosen here."),
         Protocol(name="480p", size=(480, 848), frames=33, note=_OURS),
@@ -105,15 +106,14 @@ def find_videos(sources: Iterable[str | os.PathLike[str]], without: Path | None 
     """Videos by a name that is theirs alone: files as given, folders searched through, `.txt` lists read line by line.
 
     Of a folder without videos the pictures are taken. Hidden files are passed over, those of reports, and those in the
-    folder `without`, which holds results. Raises VideoError for a place that does not exist or holds none, and a list
-    that is no text.
+    folder `without`, which holds results, where it is one within. Raises VideoError for a place that does not exist or
+    holds none, and a list that is no text.
     """
     found: dict[str, Path] = {}
-    results = None if without is None else without.resolve()
     for source in map(Path, sources):
         if source.is_dir():
             here = [path for path in sorted(source.rglob("*")) if not path.name.startswith(".")]
-            here = [path for path in here if results is None or results not in path.resolve().parents]
+            here = [path for path in here if without is None or not _is_within(path, without, source)]
             here = [path for path in here if not (path.parent.name == PARTS and (path.parents[1] / LINES).exists())]
             inside = [path for path in here if path.suffix.lower() in SUFFIXES] or [
                 path for path in here if path.suffix.lower() in PICTURE_SUFFIXES
@@ -128,9 +128,20 @@ def find_videos(sources: Iterable[str | os.PathLike[str]], without: Path | None 
         else:
             raise VideoError(f"{source}: no such file or folder.")
         for name, path in files:
-            unique = name if name not in found else path.as_posix()
+            unique = _text(name) if _text(name) not in found else _text(path.as_posix())
             found[unique] = path
     return found
+
+
+def _is_within(path: Path, results: Path, source: Path) -> bool:
+    """Whether `path` lies in the folder `results`, where that is a folder within `source`."""
+    real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(results))
+    return Path(os.path.realpath(source)) in folder.parents and folder in real.parents
+
+
+def _text(name: str) -> str:
+    """A file name as text that reports can hold: bytes that are no UTF-8 are written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _lines(path: Path) -> list[str]:

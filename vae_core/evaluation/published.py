@@ -21,6 +21,7 @@ PUBLISHED = (
     Published("SD 2.1 image VAE", 4, _WEBVID, "28.9", ".810", ".145"),
     Published("CV-VAE", 4, _WEBVID, "28.5", ".817", ".143"),
     Published("CV-VAE-SD3", 16, _WEBVID, "32.0", ".899", ".087"),
+    Published("CV-VAE, in its ablation", 4, "COCO (pictures), by CV-VAE's authors", "27.6", ".803", ".138"),
     Published("OD-VAE", 4, "Kinetics-600", "33.88", fvd="10.69"),
     Published("Open-Sora VAE", 4, "Kinetics-600", fvd="19.05"),
     Published("IV-VAE", 4, "Kinetics-600", "34.29", fvd="8.01"),

@@ -14,6 +14,7 @@ from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
 from ..errors import VideoError
+from ..weights.headers import dangling, seen_as_text
 
 _STILL_FORMATS = ("image2", "_pipe")
 _NO_TIMES, _TIMES_JUMP = 0x80, 0x200  # AVFMT_NOTIMESTAMPS, AVFMT_TS_DISCONT
@@ -24,8 +25,7 @@ def check_file(path: Path) -> os.stat_result:
     try:
         status = path.stat()
     except FileNotFoundError:
-        target = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
-        raise VideoError(f"{path}: no such file{target}.") from None
+        raise VideoError(f"{path}: {dangling(path) or 'no such file.'}") from None
     except (OSError, ValueError) as error:
         raise VideoError(f"{path}: cannot be opened ({reason(error)}).") from error
     if stat.S_ISDIR(status.st_mode):
@@ -46,9 +46,8 @@ def open_media(path: Path) -> InputContainer:
     except PermissionError as error:
         raise VideoError(f"{path}: may not be read (permission denied).") from error
     except (FFmpegError, OSError, ValueError) as error:
-        raise VideoError(
-            f"{path}: cannot be read as video ({reason(error)}); it is damaged, cut short, or another kind of file."
-        ) from error
+        why = f"cannot be read as video ({reason(error)}); it is damaged, cut short, or another kind of file."
+        raise VideoError(f"{path}: {seen_as_text(path) or why}") from error
 
 
 def media_url(path: Path) -> str:

@@ -54,6 +54,14 @@ def picture_paths(path: Path, count: int) -> list[Path]:
     return [path.with_name(name(number)) for number in range(count)]
 
 
+def check_depth(path: Path, bits: int | None) -> None:
+    """Raise VideoError where a picture of this name cannot have so many bits per channel; None is 8."""
+    suffix = path.suffix.lower()
+    if (bits or 8) not in ((8, 16) if suffix in _DEEP else (8,)):
+        depths = "8 or 16" if suffix in _DEEP else "8"
+        raise VideoError(f"{path}: a {suffix[1:]} picture has {depths} bits, and {bits} were asked for.")
+
+
 class PictureWriter:
     """Writes `count` frames of `size` = (height, width) as pictures; each is seen under its name when it is complete.
 
@@ -65,9 +73,7 @@ class PictureWriter:
         self._name, self._size, self._suffix = str(path), size, path.suffix.lower()
         self._paths = picture_paths(path, count)
         self._bits = bits or 8
-        if self._bits not in ((8, 16) if self._suffix in _DEEP else (8,)):
-            depths = "8 or 16" if self._suffix in _DEEP else "8"
-            raise VideoError(f"{path}: a {self._suffix[1:]} picture has {depths} bits, and {bits} were asked for.")
+        check_depth(path, bits)
         if not path.parent.is_dir():
             raise VideoError(f"{path}: cannot be written there (no such folder); choose another place.")
         self._encode = None if self._bits == 8 else FromRGB(_DEEP[self._suffix][1], size)

@@ -246,6 +246,10 @@ class FromRGB:
         _fill(frame, 0, luma)
         for component in (1, 2):
             _fill(frame, component, chroma[component - 1])
+        frame.colorspace, frame.color_range = BT709, ColorRange.MPEG  # ProRes asks each frame, not the stream
+        for tag in ("color_primaries", "color_trc"):
+            if hasattr(frame, tag):  # older PyAV has neither
+                setattr(frame, tag, BT709)
         return frame
 
     def _codes(self, rgb: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,9 +111,10 @@ class VideoWriter:
         """What did not come through as it was, known once the block is entered."""
         told = [] if self._audio is None else [*self._audio.told]
         if self._aspect != 1 and self._suffix in _MATROSKA and self._choice.codec != "h264":
+            others = "" if self._suffix == ".webm" else ", or h264"
             told.append(
-                f"{self._name}: pixels of {self._aspect.numerator}:{self._aspect.denominator} are written as square "
-                f"ones, since {self._suffix} holds their shape with h264 alone; choose .mp4 or .mov, or h264."
+                f"the pixels of {self._aspect.numerator}:{self._aspect.denominator} are written as square ones, since "
+                f"{self._choice.codec} in {self._suffix} cannot be given their shape; choose .mp4 or .mov{others}"
             )
         return told
 

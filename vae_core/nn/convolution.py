@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +32,10 @@ LARGER = 3.0  # conv3d may need this much more memory than taps
 FARTHEST = 0.05  # from the exact result, in units of its standard deviation; bfloat16 stays below a fifth of it
 PROBE = (1, 128, 4, 128, 128)  # b c t h w
 REPEATS = 3
+LONGEST = 10**10  # FLOP on a CPU between two moments at which a run can be ended
+LEAST_ROWS = 32
+
+_between: ContextVar[Callable[[], None] | None] = ContextVar("between", default=None)
 
 _log = logging.getLogger("cviv-vae")
 
@@ -46,8 +52,8 @@ def convolve(
     """`torch.nn.functional.conv3d` of (b, c, t, h, w) with zero padding. plain: autograd or a compiler follows."""
     if plain:
         return F.conv3d(x, weight, bias, stride, padding)
-    if x.device.type == "cpu" and _suits_onednn(x):
-        return torch.mkldnn_convolution(x.contiguous(), weight.contiguous(), bias, padding, stride, (1, 1, 1), 1)
+    if x.device.type == "cpu":
+        return _on_cpu(x, weight, bias, stride, padding)
     if choose_backend(x.device, x.dtype) == "taps":
         return _by_taps(x, weight, bias, stride, padding)
     return F.conv3d(x, weight, bias, stride, padding)
@@ -63,7 +69,8 @@ def convolve_frames(
     plain: bool = False,
 ) -> Tensor:
     """A 2-D convolution of every frame of (b, c, t, h, w); weight: (c', c, kh, kw)."""
-    if memory_format(x.device) == torch.contiguous_format and x.shape[2] > 1:  # frames would have to be copied
+    contiguous = memory_format(x.device) == torch.contiguous_format
+    if contiguous and (x.shape[2] > 1 or _asked(x) is not None):  # frames would have to be copied
         return convolve(x, weight[:, :, None], bias, stride=(1, *stride), padding=(0, *padding), plain=plain)
     return clip_of(F.conv2d(frames_of(x), weight, bias, stride, padding), x.shape[0])
 
@@ -73,8 +80,61 @@ def enlarge_frames(x: Tensor, kernel: Tensor, bias: Tensor | None, *, padding: P
 
     padding: rows and columns that are left out of the result, on both sides.
     """
+    between = _asked(x)
     frames = frames_of(x).contiguous(memory_format=torch.channels_last)  # twice as fast, on a CPU too
-    return clip_of(F.conv_transpose2d(frames, kernel, bias, 2, padding), x.shape[0])
+    parts: list[Tensor] = []
+    for several in frames.split(1 if between else frames.shape[0]):
+        parts.append(F.conv_transpose2d(several, kernel, bias, 2, padding))
+        if between:
+            between()
+    return clip_of(parts[0] if len(parts) == 1 else torch.cat(parts), x.shape[0])
+
+
+@contextmanager
+def interruptible(between: Callable[[], None] | None) -> Generator[None]:
+    """Call `between` now and then while a convolution runs on a CPU, where a large one takes seconds; what it raises
+    ends the convolution. None: convolutions run in one go."""
+    token = _between.set(between)
+    try:
+        yield
+    finally:
+        _between.reset(token)
+
+
+def _asked(x: Tensor) -> Callable[[], None] | None:
+    """What is to be called in the middle of a convolution of `x`."""
+    return None if x.device.type != "cpu" or torch.compiler.is_compiling() else _between.get()
+
+
+def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Triple, padding: Triple) -> Tensor:
+    """In one go or, where it may be interrupted, so many frames or rows at a time as take some tenths of a second."""
+    between, (b, _, t, h, w) = _asked(x), x.shape
+    counts = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip((t, h, w), weight.shape[2:], stride, padding, strict=True)]
+    row = 2 * weight.numel() * b * counts[2]  # FLOP
+    frames = counts[0] if padding[0] else max(1, LONGEST // (row * counts[1]))
+    rows = max(LEAST_ROWS, LONGEST // (row * min(frames, counts[0])))
+    if between is None or (frames >= counts[0] and rows >= counts[1]):
+        return _in_one_go(x, weight, bias, stride, padding)
+    out = x.new_empty((b, weight.shape[0], *counts))
+    for f in range(0, counts[0], frames):
+        some = out[:, :, f : f + frames]
+        source = (
+            x if padding[0] else x[:, :, f * stride[0] :][:, :, : (some.shape[2] - 1) * stride[0] + weight.shape[2]]
+        )
+        for r in range(0, counts[1], rows):
+            target = some[..., r : r + rows, :]
+            first = r * stride[1] - padding[1]
+            stop = first + (target.shape[3] - 1) * stride[1] + weight.shape[3]
+            seen = F.pad(source[..., max(0, first) : stop, :], (0, 0, max(0, -first), max(0, stop - h)))
+            target.copy_(_in_one_go(seen, weight, bias, stride, (padding[0], 0, padding[2])))
+            between()
+    return out
+
+
+def _in_one_go(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Triple, padding: Triple) -> Tensor:
+    if _suits_onednn(x):
+        return torch.mkldnn_convolution(x.contiguous(), weight.contiguous(), bias, padding, stride, (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, stride, padding)
 
 
 def _suits_onednn(x: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..families import Direction, Network
 from ..nn.clip import Clip, laid_out
+from ..nn.convolution import interruptible
 from ..nn.region import Region, Size, chain, full, grid
 from ..nn.steps import Context, Kernels, Memory, Step, add, skips, walk
 from .segments import Segment, made_again, segments, strips
@@ -63,7 +64,8 @@ class Pass:
     """One direction of one video. State: a track for each tile, and the progress of the current chunk.
 
     plan: None for whole frames. compiled: `Network.chunk`, compiled; whole frames then run by it. between: called after
-    every step of every tile; after every chunk where steps are not seen, which is compiled or for gradients. Where
+    every step of every tile, on a CPU in the middle of large ones, too; after every chunk where steps are not seen,
+    which is compiled or for gradients. Where
     gradients are asked for, torch's own operators run over whole frames.
     Raises ValueError for a plan that the family does not know.
     """
@@ -75,14 +77,15 @@ class Pass:
         plan: AnyPlan,
         *,
         compiled: Compiled | None = None,
-        between: Callable[[], None] = lambda: None,
+        between: Callable[[], None] | None = None,
     ) -> None:
         self.network = network
         self.direction: Direction = direction
         self.steps = network.steps(direction)
         self.plan = _allowed(plan, network)
         self._compiled = compiled
-        self._between = between
+        self._between = between or (lambda: None)
+        self._told = between
         self._streams = any(step.slots() for step in self.steps)
         self._kernels = Kernels()
         self._first = True
@@ -112,7 +115,7 @@ class Pass:
             if graph:
                 out = self._plain(chunk, self.network.chunk)
             else:
-                with _no_autocast(chunk.device):
+                with _no_autocast(chunk.device), interruptible(self._told):
                     out = self._run(chunk) if compiled is None else self._plain(chunk, compiled)
         except BaseException:
             self._store.bus.settle()

@@ -26,8 +26,8 @@ class RunOptions(TypedDict, total=False):
     recover: called with the error and the plan when memory runs out; it returns the plan by which to go on at the
     failed chunk, or None to give up, and the error is raised. What was done before stays; the tensors of the failed
     chunk are freed by then.
-    between: called after every step of the network on every tile, in the middle of a chunk; what it raises ends the
-    run: for progress and cancelling.
+    between: called after every step of the network on every tile, in the middle of a chunk, on a CPU in the middle of
+    large steps, too; what it raises ends the run: for progress and cancelling.
     """
 
     plan: AnyPlan

@@ -2,7 +2,7 @@
 
 from .adapter import LAYER, OUTPUTS, OutputLayer, output_layer, read_adapter, save_adapter
 from .scenes import MOTION, beginning_of, look_through, spans_of
-from .session import CHECKPOINT_EVERY, HELD_OUT, Encode, Training, TrainingClip, WorseLayerError, with_buckets
+from .session import CHECKPOINT_EVERY, HELD_OUT, Encode, Training, TrainingClip, with_buckets
 from .trainer import LATENT_SCALE, METHODS, AdapterTrainer, Draw, TrainSettings, network_target
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "TrainSettings",
     "Training",
     "TrainingClip",
-    "WorseLayerError",
     "beginning_of",
     "look_through",
     "network_target",

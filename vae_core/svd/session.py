@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import AdapterError
 from .adapter import OutputLayer
 from .scenes import MOTION, buckets_of
 from .trainer import AUGMENTATION, SIGMA, AdapterTrainer, Draw, draw
@@ -49,10 +50,6 @@ layer should give (t, 4, h, w)."""
 
 Encode = Callable[[Tensor], Tensor]
 """A picture (1, h, w, 3) around 0..1 to its latent (1, 4, h, w), unscaled, on the CPU."""
-
-
-class WorseLayerError(ValueError):
-    """The tuned layer is worse than the old one on the clips held out."""
 
 
 class Training:
@@ -102,12 +99,12 @@ class Training:
         return sums[0], sums[1]
 
     def check(self, before: float, after: float, state: str) -> None:
-        """Raise WorseLayerError for a layer that is not worth keeping. state: where the training is kept."""
+        """Raise AdapterError for a layer that is not worth keeping. state: where the training is kept."""
         if after <= before:
             return
         settings = self.trainer.settings
         what = "a larger ridge" if settings.method == "ridge regression" else "a smaller learning rate"
-        raise WorseLayerError(
+        raise AdapterError(
             f"The loss on {self._held_words()} rose from {before:.4g} to {after:.4g}, so that the adapter would harm, "
             f"and it is not saved. Use more clips, {what} or more steps. The training is kept in {state}."
         )

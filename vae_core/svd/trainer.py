@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import AdapterError, CheckpointError
 from ..weights.tensors import read_tensors, write_tensors
 from .adapter import OutputLayer, output_layer
 
@@ -137,7 +137,7 @@ class AdapterTrainer:
                     total += self._descend(inputs, outputs, target.numel())
             loss = total / target.numel()
             if not math.isfinite(loss):
-                raise ValueError(
+                raise AdapterError(
                     f"The loss of step {self.steps + 1} is {loss}: the model gave values that are not finite. Use a "
                     "smaller learning rate, or run the model in bf16 or fp32."
                 )

@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import torch
 
-from ..atomic import atomic_write
 from ..run.stream import is_out_of_memory
+from ..weights.writing import write_torch
 
 logger = logging.getLogger("cviv_vae.training")
 FORMAT = "cviv-vae training 1"
@@ -56,7 +56,7 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, "no room")
             path = self.save(step, state)
             write_weights(path.with_suffix(WEIGHTS))
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             if not is_full(error):
                 raise
             logger.warning("%s Its size is %.2f GiB. It is tried again.", self.no_room(step), _size(state) / 2**30)
@@ -75,8 +75,7 @@ class Checkpoints:
         """Write `state` as the checkpoint of `step`, then remove the oldest ones beyond `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:08d}.ckpt"
-        with atomic_write(path) as part:  # on the disk at the end, since the older ones are removed
-            torch.save({"format": FORMAT, "step": step, **state}, part)
+        write_torch(path, {"format": FORMAT, "step": step, **state})  # on the disk before the older ones are removed
         for _, old in self.all()[: -self.keep]:
             old.unlink()
             old.with_suffix(WEIGHTS).unlink(missing_ok=True)
@@ -84,11 +83,8 @@ class Checkpoints:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether `error` says that a disk has no room left; torch says it in words of its own."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
+    """Whether `error` says that a disk has no room left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def why_it_ended(error: Exception) -> str:

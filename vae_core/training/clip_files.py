@@ -177,7 +177,16 @@ def _members(path: Path, key: str, broken: dict[str, str]) -> Iterator[ClipFile]
 
 
 def _rows(path: Path) -> Iterator[ClipFile]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    try:
+        yield from _rows_of(path, path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise TrainingDataError(f"{path}: is no list in UTF-8; save it in that encoding.") from None
+    except csv.Error as error:
+        raise TrainingDataError(f"{path}: is no list of comma-separated values ({error}).") from error
+
+
+def _rows_of(path: Path, text: str) -> Iterator[ClipFile]:
+    with io.StringIO(text, newline="") as file:
         rows = csv.DictReader(file)
         if "path" not in (rows.fieldnames or ()):
             raise TrainingDataError(

@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..atomic import atomic_write
 from ..door.loading import load, official_state, save
 from ..door.vae import VideoVAE
 from ..families import FAMILIES, Network
 from ..families.cv_vae import CVVAEConfig
 from ..families.image_vae import IMAGE_VAE, OUR_EPS, ImageVAEConfig
 from ..families.iv_vae import IV_VAE, IVVAEConfig
+from ..weights.writing import write_safetensors
 from .config import ModelConfig, TrainConfig
 from .inflation import IVImageWeights, inflate, read_image_vae
 from .iv_image import IVImageConfig, IVImageVAE
@@ -96,8 +95,7 @@ class HalvesCoder(nn.Module):
     def save(self, path: Path) -> None:
         """Write the weights under the names that inflation reads; complete or not there at all."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        with atomic_write(path) as part:
-            safetensors.torch.save_file(state, part, metadata={"format": "pt"})
+        write_safetensors(path, state, {"format": "pt"})
 
 
 Coder = VideoCoder | HalvesCoder

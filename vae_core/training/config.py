@@ -243,6 +243,8 @@ class TrainConfig:
     validation: ValidationConfig | None = None
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it is from 0 to {2**63 - 1}.")
         longest = max(batch.frames for batch in self.data.batches)
         if self.validation is not None:
             longest = max(longest, self.validation.frames)

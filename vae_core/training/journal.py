@@ -88,7 +88,7 @@ class Means:
 
     def add(self, figures: Mapping[str, float]) -> None:
         """One step's figures."""
-        self.last = self.last | figures
+        self.last = {**self.last, **figures}
         for name, value in figures.items():
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = total + value, count + 1

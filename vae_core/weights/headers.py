@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -45,7 +46,10 @@ _SIGNATURES: tuple[tuple[bytes, int, str], ...] = (
     (b"Rar!", 0, "a RAR archive: unpack it first"),
     (b"ustar", 257, "a tar archive: unpack it first"),
 )
-_OLD_PICKLES = (b"(dp", b"(lp", b"ccollections\n", b"ccopy_reg\n")  # of protocol 0, which is text
+_OLD_PICKLES = (  # of protocol 0, which is text, and 1, which says nothing of itself
+    *(b"(dp", b"(lp", b"ccollections\n", b"ccopy_reg\n", b"cnumpy"),
+    *(b"}q\x00", b"]q\x00", b"(K", b"(X", b"}.", b"]."),
+)
 
 
 class UnreadableError(Exception):
@@ -81,17 +85,16 @@ def file_size(path: Path) -> int:
     try:
         status = path.stat()
     except FileNotFoundError:
-        if path.is_symlink():
-            raise UnreadableError(
-                f"is a link to {os.readlink(path)}, which is not there: get that file again, or mend the link."
-            ) from None
-        raise UnreadableError(_missing(path)) from None
+        raise UnreadableError(dangling(path) or _missing(path)) from None
     except (OSError, ValueError) as error:
-        raise UnreadableError(f"cannot be opened: {error}.") from error
+        circle = dangling(path) if isinstance(error, OSError) and error.errno == errno.ELOOP else ""
+        raise UnreadableError(circle or f"cannot be opened: {error}.") from error
     if stat.S_ISDIR(status.st_mode):
         raise UnreadableError("is a folder, not a file.")
     if not stat.S_ISREG(status.st_mode):
         raise UnreadableError("is not a regular file.")
+    if re.search("[\ud800-\udfff]", os.fspath(path)):
+        raise UnreadableError("has a name that is no UTF-8, which the safetensors library cannot open: rename it.")
     if status.st_size == 0:
         raise UnreadableError("is empty (0 bytes), as an interrupted download leaves it: get it again.")
     return status.st_size
@@ -255,8 +258,35 @@ def _guess(head: bytes, size: int) -> str:
     return "is of no known kind, or damaged at its very start: get it again."
 
 
+def seen_as_text(path: Path) -> str:
+    """What the file at `path` is where it begins as text or with nothing but zeros, as the end of a sentence."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError:
+        return ""
+    for magic, offset, what in _SIGNATURES:
+        if head[offset : offset + len(magic)] == magic and _is_text(head):
+            return f"is {what}."
+    return _guess(head, len(head)) if head and (_is_text(head) or not head.strip(b"\0")) else ""
+
+
 def _is_text(head: bytes) -> bool:
     return re.search(rb"[^\t\r\n -~]", head) is None
+
+
+def dangling(path: Path) -> str:
+    """Why `path` is not there, where it or a folder above it is a link to nothing; else nothing."""
+    link = next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
+    if link is None:
+        return ""
+    try:
+        link.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return f"is reached by the link {link}, which leads back to itself: mend the link."
+    what = "is" if link == path else f"is reached by {link},"
+    return f"{what} a link to {os.path.realpath(link)}, which is not there: get that file again, or mend the link."
 
 
 def _missing(path: Path) -> str:

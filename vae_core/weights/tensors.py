@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..atomic import atomic_write
 from ..errors import CheckpointError
 from .headers import UnreadableError, open_safetensors, read_header, sniff
+from .writing import write_safetensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -23,8 +22,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     if not path.parent.is_dir():
         raise CheckpointError(f"Cannot save {path.name}: the folder {path.parent} does not exist. Make it first.")
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_write(path) as part:
-        safetensors.torch.save_file(kept, part, metadata=dict(metadata))
+    write_safetensors(path, kept, metadata)
 
 
 def read_tensors(path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, str]]:
