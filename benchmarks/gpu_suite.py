@@ -2,11 +2,13 @@
 
     python benchmarks/gpu_suite.py [--out FOLDER] [--cv-vae CLONE] [--iv-vae CLONE] [--device cuda] [--caps 6 8 12]
                                    [--sizes 576x1024 720x1280] [--frames 33] [--seconds 480] [--skip-tests]
+                                   [--comfyui CHECKOUT ...] [--comfyui-python PYTHON ...]
 
 Needs torch, Triton, pytest, hypothesis, einops, safetensors and numpy. It runs the tests of `tests/core` that a GPU
 decides, the Triton kernels against torch among them; decodes by CV-VAE and IV-VAE (dim 64) of the published widths with
 random weights in bfloat16, whole and under caps of device memory in GiB that the driver enforces, weights included;
-and, where clones of the official programs are given, those next to ours. A row that fails is told as such, and the
+where clones of the official programs are given, those next to ours; and, where ComfyUI checkouts are given, the tests
+inside them that memory decides, on the GPU, next to another model. A row that fails is told as such, and the
 next one runs; what does not fit into --seconds is left out. Writes gpu_suite_DATE.json and .md. On a CPU the same rows
 run without caps, to try the script itself.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +36,7 @@ from vae_core.plan.rates import rates_of  # noqa: E402
 
 GIB = 2**30
 TESTS = ("tests/core/test_gpu.py", "tests/core/test_triton_norm.py", "tests/core/test_norms.py")
+IN_COMFYUI = ("test_other_model", "test_interruptions", "test_our_nodes", "test_stock_nodes", "test_unfinished")
 COLUMNS = ("model", "size", "cap, GiB", "plan", "frames/s", "first, s", "seconds", "said", "peak, GiB", "said, GiB")
 
 
@@ -92,10 +96,18 @@ def limit_memory(device: torch.device, cap: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0 if cap is None else min(1.0, cap * GIB / total), device)
 
 
-def command(words: list[str], seconds: float) -> dict[str, Any]:
+def command(words: list[str], seconds: float, **environment: str) -> dict[str, Any]:
     """What a command ended with, and its last lines."""
     try:
-        ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=max(1, seconds), check=False)
+        ran = subprocess.run(
+            words,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=max(1, seconds),
+            check=False,
+            env={**os.environ, **environment},
+        )
     except subprocess.TimeoutExpired:
         return {"command": " ".join(words), "status": "out of time", "tail": []}
     return {"command": " ".join(words), "status": ran.returncode, "tail": (ran.stdout + ran.stderr).splitlines()[-40:]}
@@ -138,6 +150,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--cv-vae", type=Path, help="clone of the official CV-VAE repository")
     parser.add_argument("--iv-vae", type=Path, help="clone of the official IV-VAE repository")
+    parser.add_argument("--comfyui", nargs="*", default=[], help="ComfyUI checkouts")
+    parser.add_argument("--comfyui-python", nargs="*", default=[], help="a Python for each of them")
     parser.add_argument("--skip-tests", action="store_true")
     options = parser.parse_args()
     device, begun = torch.device(options.device), time.monotonic()
@@ -189,6 +203,15 @@ def main() -> None:
     if clones:
         script = [sys.executable, "benchmarks/against_reference.py", *clones, "--rounds", "2"]
         result["commands"].append(command(script, left()))
+    for number, path in enumerate(options.comfyui):
+        tests = [f"tests/comfyui/{name}.py" for name in IN_COMFYUI]
+        given = {
+            "COMFYUI_PATH": path,
+            "COMFYUI_PYTHON": options.comfyui_python[number] if options.comfyui_python else sys.executable,
+            "CVIV_COMFYUI_DEVICE": "cpu" if device.type == "cpu" else "gpu",
+        }
+        result["commands"].append(command([sys.executable, "tests/comfyui/run.py", "-q", *tests], left(), **given))
+        write()
     write()
 
 

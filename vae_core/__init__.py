@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import BudgetError, CheckpointError, LatentFileError, VideoError
     from .families import Compression, Direction
     from .plan.planner import Plan
+    from .run.snapshots import Snapshots
     from .run.tiling import AnyPlan, ReferencePlan, StripPlan, TilePlan
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ _PLACES = {
     ".errors": ("BudgetError", "CheckpointError", "LatentFileError", "VideoError"),
     ".families": ("Compression", "Direction"),
     ".plan.planner": ("Plan",),
+    ".run.snapshots": ("Snapshots",),
     ".run.tiling": ("AnyPlan", "ReferencePlan", "StripPlan", "TilePlan"),
 }
 _PLACE = {name: place for place, names in _PLACES.items() for name in names}
@@ -44,6 +46,7 @@ __all__ = [
     "NotFiniteError",
     "Plan",
     "ReferencePlan",
+    "Snapshots",
     "StripPlan",
     "TilePlan",
     "VAEInfo",

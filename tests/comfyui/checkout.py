@@ -18,8 +18,14 @@ HELP = """No ComfyUI found. These tests run the pack inside a real ComfyUI:
 
 COMFYUI_PYTHON is the Python that has ComfyUI's requirements and tests/comfyui/requirements.txt. Both may name several,
 joined by ":" (";" on Windows): each checkout is tested in a process of its own, with its own Python or the only one.
+ComfyUI runs on the CPU; CVIV_COMFYUI_DEVICE=gpu lets it take the GPU that it finds.
 The browser tests need Chromium: `playwright install chromium`, or CHROMIUM=/path/to/chromium.
 """
+
+
+def on_cpu() -> bool:
+    """Whether ComfyUI is told to stay on the CPU."""
+    return os.environ.get("CVIV_COMFYUI_DEVICE", "cpu") == "cpu"
 
 
 def checkouts() -> list[Path]:

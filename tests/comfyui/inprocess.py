@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .checkout import ROOT, checkouts
+from .checkout import ROOT, checkouts, on_cpu
 from .place import PACK
 
 Prompt = dict[str, dict[str, Any]]
@@ -217,7 +217,7 @@ def start(base: Path) -> Comfy:
     options = importlib.import_module("comfy.options")
     options.enable_args_parsing(False)
     args = importlib.import_module("comfy.cli_args").args
-    args.cpu, args.disable_api_nodes = True, True
+    args.cpu, args.disable_api_nodes = on_cpu(), True
     args.base_directory, args.front_end_root = str(base), str(base)
     # as main.py does: before nodes.py puts ComfyUI/comfy, with another `utils`, at the front of sys.path
     importlib.import_module("utils.extra_config")

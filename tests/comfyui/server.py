@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkout import checkouts
+from .checkout import checkouts, on_cpu
 
 START = 180.0  # seconds that a server may take to answer
 Event = dict[str, Any]
@@ -113,7 +113,15 @@ def free_port() -> int:
 def serve(base: Path, **environment: str) -> Iterator[Server]:
     """A server on `base`, with more environment variables; it is gone when the block ends."""
     checkout, port, log = checkouts()[0], free_port(), base / "server.log"
-    command = [sys.executable, "main.py", "--cpu", "--disable-api-nodes", "--disable-auto-launch", "--port", str(port)]
+    command = [
+        sys.executable,
+        "main.py",
+        *(["--cpu"] if on_cpu() else []),
+        "--disable-api-nodes",
+        "--disable-auto-launch",
+        "--port",
+        str(port),
+    ]
     command += ["--base-directory", str(base), "--database-url", f"sqlite:///{base}/user/comfyui.db"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", **environment}
     with log.open("wb") as output:

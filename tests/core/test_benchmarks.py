@@ -97,6 +97,7 @@ def test_the_suite_for_a_gpu_runs_its_rows_and_goes_on_after_a_failure(
 
     monkeypatch.setattr(script, "decoded", sometimes)
     words = ["--device", "cpu", "--skip-tests", "--models", "iv-64", "--sizes", "48x48", "64x64", "--frames", "5"]
+    words += ["--comfyui", str(tmp_path / "none")]
     monkeypatch.setattr("sys.argv", ["gpu_suite.py", "--out", str(tmp_path), *words])
     script.main()
     (written,) = tmp_path.glob("*.json")
@@ -104,5 +105,8 @@ def test_the_suite_for_a_gpu_runs_its_rows_and_goes_on_after_a_failure(
     assert first["error"] == "RuntimeError: CUDA out of memory."
     assert second["frames/s"] > 0
     assert second["said"] > 0
+    (inside,) = json.loads(written.read_text())["commands"]
+    assert "tests/comfyui/test_other_model.py" in inside["command"]
+    assert inside["status"] != 0  # there is none, and the rest is written all the same
     (page,) = tmp_path.glob("*.md")
     assert "| iv-64 | 64x64 | " in page.read_text()
