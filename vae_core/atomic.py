@@ -85,11 +85,13 @@ def _set_mode(part: Path, path: Path) -> None:
 
 
 def sweep(path: Path) -> None:
-    """Delete what processes that were killed have left of `path`; where the system tells which are alive."""
+    """Delete what processes that were killed have left of `path`, or in it if it is a folder."""
     if os.name != "posix":
         return
-    for part in path.parent.glob(f".{glob.escape(path.stem)}.*.part{glob.escape(path.suffix)}"):
-        number = part.name.removesuffix(f".part{path.suffix}").rpartition(".")[2]
+    folder = path.is_dir()
+    stem, suffix = ("*", "*") if folder else map(glob.escape, (path.stem, path.suffix))
+    for part in (path if folder else path.parent).glob(f".{stem}.*.part{suffix}"):
+        number = part.name.rpartition(".part")[0].rpartition(".")[2]
         try:
             os.kill(int(number), 0)
         except ProcessLookupError:

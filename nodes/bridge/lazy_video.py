@@ -45,7 +45,8 @@ class LazyVideo(Input.Video):
     byte_frames: the same in 0..255 as uint8, for files of 8 bits, each chunk good until the next is asked for; None:
     `frames` serves them, too. audio: a ComfyUI AUDIO of the whole video, or None. crf: quality of the file where the
     one who saves it asks for none; codec and bits per channel likewise. aspect: width to height of a pixel. copied:
-    called with the file that a second writing is a copy of. finished: called when a file or a tensor holds all frames.
+    called with the file that a second writing is a copy of. finished:
+    called with the first frame and the end of what a file now holds.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class LazyVideo(Input.Video):
         codec: str = "auto",
         bits: int = 8,
         copied: Callable[[Path], None] | None = None,
-        finished: Callable[[], None] = lambda: None,
+        finished: Callable[[int, int], None] = lambda start, stop: None,
     ) -> None:
         self._frames, self._byte_frames = frames, byte_frames
         self._width, self._height = width, height
@@ -139,7 +140,6 @@ class LazyVideo(Input.Video):
                 images[done : done + chunk.shape[0]] = chunk
                 done += chunk.shape[0]
         self._check_count(done)
-        self._finished()
         return Types.VideoComponents(images=images, audio=self.audio_of(), frame_rate=self._rate)
 
     def as_trimmed(
@@ -227,7 +227,7 @@ class LazyVideo(Input.Video):
             self._check_count(writer.frames)
         for sentence in writer.told:
             _log.warning("%s.", sentence)
-        self._finished()
+        self._finished(self._first, self._first + self._count)
         if isinstance(target, (str, os.PathLike)):
             self._written.add(form, Path(target))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...vae_core import AnyPlan, Direction, Plan, TilePlan, VideoVAE, official_state
 from ...vae_core.door.output import collect
+from ...vae_core.plan.rates import rates_of
 from ...vae_core.run.snapshots import Snapshots
 from .first_stage import Network, tiles_of_pixels, to_signed, to_unit
 from .limits import ANY, Limits
@@ -315,6 +316,7 @@ class NativeVideoVAE(comfy.sd.VAE):
         return {
             "ram_bytes": int(mm.get_free_memory(torch.device("cpu")) * _AUTOMATIC_SHARE),
             "margin": SESSION.margin(self._setting),
+            "rates": SESSION.rates(self._setting, rates_of(self.device, self.vae_dtype)),
             "blended": limits.blended,
             "dtype": self.vae_dtype,
             "device": self.device,

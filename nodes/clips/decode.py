@@ -250,21 +250,27 @@ class DecodeToVideo(io.ComfyNode):
             )
         node_id = cls.hidden.unique_id
 
-        stores: list[DecodeStore] = []
+        if resume and limits.blended:
+            raise ValueError(
+                "resume is on and tiling is 'exact, else blended': which blended tiles are taken depends on the memory "
+                "at hand. Switch one of them off."
+            )
+        stores: dict[tuple[int, int], DecodeStore] = {}
 
-        def frames(start: int, stop: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-            if resume:
-                stores.append(store_for(vae, z, facts, (start, stop), dtype, blended=limits.blended))
+        def frames(start: int, stop: int, dtype: torch.dtype = torch.float32, keep: bool = False) -> Iterator[Tensor]:
+            store = store_for(vae, z, facts, (start, stop), dtype) if keep else None
+            if store is not None:
+                stores[start, stop] = store
             run = Run(stop - start, node_id=node_id, preview=preview, size=facts.size)
             for sentence in told:
                 run.note(sentence)
-            chunks = _some(vae, z, facts, run, start, stop, limits, node_id, dtype, stores[-1] if resume else None)
+            chunks = _some(vae, z, facts, run, start, stop, limits, node_id, dtype, store)
             with _latent_kept(samples, vae, wanted=save_latent_on_failure):
                 yield from chunks
 
         video = LazyVideo(
             frames,
-            byte_frames=partial(frames, dtype=torch.uint8),
+            byte_frames=partial(frames, dtype=torch.uint8, keep=resume),
             width=facts.width,
             height=facts.height,
             frame_count=facts.frames,
@@ -285,10 +291,11 @@ def _say_copied(node_id: str, source: Path) -> None:
     keep_report(f"nothing decoded: copied from {source.name}, which this clip was written to before", node_id)
 
 
-def _forget(stores: list[DecodeStore]) -> None:
-    """Keep nothing of videos that are complete."""
-    while stores:
-        stores.pop().remove()
+def _forget(stores: dict[tuple[int, int], DecodeStore], start: int, stop: int) -> None:
+    """Keep nothing of what is complete."""
+    store = stores.pop((start, stop), None)
+    if store is not None:
+        store.remove()
 
 
 def _some(

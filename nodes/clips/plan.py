@@ -10,7 +10,7 @@ from ...vae_core.pictures import draw_plan
 from ..bridge.limits import Limits, limits_of
 from ..bridge.native import require
 from ..bridge.plan_words import plan_words
-from ..bridge.running import count_of, report_ui
+from ..bridge.running import clock, count_of, report_ui
 from ..bridge.schema import budget_input, check_choice, describe, dtype_words, field, size_words, vae_input
 from ..bridge.wire import image_of
 
@@ -61,6 +61,7 @@ class PlanNode(io.ComfyNode):
         words = [
             f"{vae.codec.family}, {dtype_words(vae.vae_dtype)} on {vae.device}, budget {size_words(budget)}",
             *plan_words(plan, vae.device),
+            f"about {clock(plan.seconds)}{' by guess, before anything ran' if plan.guessed else ''}",
         ]
         image = image_of(draw_plan(plan, (height, width), frames, head, words))
         report = "\n".join((head, *words))

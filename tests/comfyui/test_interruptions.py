@@ -270,6 +270,24 @@ def test_the_session_learns_nothing_from_a_spoilt_run_or_on_a_cpu(comfy: Comfy) 
     assert facts.margin("cuda:0") == facts.margin("cpu") == comfy.pack("vae_core.plan.planner").MARGIN
 
 
+def test_the_session_learns_how_long_chunks_take(comfy: Comfy) -> None:
+    session, rates = comfy.pack("nodes.bridge.session"), comfy.pack("vae_core.plan.rates").NOMINAL
+    facts, moments = session.Session(), iter([1.0, 4.0, 7.0, 10.0, 99.0])
+    plan = SimpleNamespace(working_bytes=0, waiting_bytes=0, chunks=10, seconds=15.0)
+    gauge = session.Gauge(facts, "cuda:0", plan=plan, chunks=1, peak=None, clock=lambda: next(moments))
+    assert facts.rates("cuda:0", rates) is rates
+    for _ in range(5):
+        gauge.chunk_done()
+    assert facts.rates("cuda:0", rates).flops == pytest.approx(rates.flops / 2)  # 3 s a chunk, and 1.5 were said
+    assert not facts.rates("cuda:0", rates).guessed
+    facts.clear()
+    gauge = session.Gauge(facts, "cuda:0", plan=plan, chunks=1, peak=None)
+    gauge.spoil()
+    for _ in range(5):
+        gauge.chunk_done()
+    assert facts.rates("cuda:0", rates) is rates
+
+
 def test_a_measured_margin_plans_smaller(comfy: Comfy, load_vae: LoadVAE) -> None:
     vae, session = load_vae(SMALL["cv"]), comfy.pack("nodes.bridge.session").SESSION
     shape, budget = (1, 4, 5, 32, 32), 2**29

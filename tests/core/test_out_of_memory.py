@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae_core
-from vae_core import StripPlan, TilePlan
+from vae_core import StripPlan, TilePlan, VideoVAE
 from vae_core.run import tiling
 from vae_core.run.executor import Pass
 from vae_core.run.stream import is_out_of_memory
@@ -293,3 +293,34 @@ def test_the_official_tiling_is_refused_on_the_way_too(small_vae: Make) -> None:
 )
 def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def test_memory_that_runs_out_while_tiles_are_cut_is_survived(
+    small_vae: Callable[..., VideoVAE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = small_vae("iv-vae")
+    latent = torch.randn(1, vae.info.latent_channels, 4, 4, 4, dtype=torch.float64)
+    whole, steps, placed, asked = vae.decode(latent), 0, 0, list[object]()
+    place = Pass._placed
+
+    def fail() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 130:
+            raise torch.OutOfMemoryError("injected")
+
+    def placing(self: Pass, x: torch.Tensor) -> torch.Tensor:
+        nonlocal placed
+        placed += 1
+        if placed == 7:
+            raise torch.OutOfMemoryError("injected while the tiles are cut")
+        return place(self, x)
+
+    def recover(error: Exception, plan: object) -> TilePlan:
+        asked.append(plan)
+        return TilePlan(tile=3 - len(asked))
+
+    monkeypatch.setattr(Pass, "_placed", placing)
+    got = torch.cat(list(vae.decode_stream(latent, between=fail, recover=recover)), dim=2)
+    assert asked == [None, TilePlan(tile=2)]
+    assert (got - whole).abs().max() <= 1e-12 * whole.std()

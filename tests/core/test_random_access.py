@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -93,3 +94,21 @@ def test_snapshots_are_nothing_where_chunks_stand_alone(small_vae: Make) -> None
     assert not snapshots.held
     with pytest.raises(ValueError, match="every 0 chunks"):
         Snapshots(every=0)
+
+
+@pytest.mark.parametrize("start", [-1, 2.5, True])
+def test_a_start_is_the_number_of_a_frame(small_vae: Make, start: Any) -> None:
+    with pytest.raises(ValueError, match="frames are counted from 0"):
+        list(small_vae("cv-vae").decode_stream(torch.zeros(1, 4, 2, 1, 1, dtype=torch.float64), start=start))
+
+
+def test_a_short_clip_needs_only_what_it_takes(family: str, small_vae: Make) -> None:
+    vae = small_vae(family)
+    latent = torch.randn(1, vae.info.latent_channels, 1, 12, 16, dtype=torch.float64)
+    budget = vae.plan_decode(latent.shape).device_bytes + 2**16
+    assert torch.equal(vae.within(budget_bytes=budget).decode(latent), vae.within().decode(latent))
+    if family == "image-vae":
+        return  # whose chunks are frames
+    long = latent.expand(-1, -1, 9, -1, -1)
+    with pytest.raises(BudgetError, match="would take"):
+        vae.within(TilePlan(tile=100), budget_bytes=budget).decode(long)

@@ -85,11 +85,15 @@ def test_what_is_not_of_this_decode_goes(tmp_path: Path, small_vae: Make) -> Non
     assert {"snapshot_000005.safetensors", "snapshot_000006.safetensors"} <= names  # the latest two
     assert len(names) == 8
     damaged = folder / "chunk_000003.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-100])
+    damaged.write_bytes(damaged.read_bytes()[:-100] + bytes(100))  # values alone
+    (folder / f".chunk_000009.{2**22 - 1}.part.safetensors").write_bytes(b"half")
     (folder / "notes.txt").write_text("mine")
     store = DecodeStore(folder, "one")
-    assert store.found == 9  # 1 + 4 + 4: what comes after the damaged one is of no use
+    assert store.found == 21  # a sum of each is looked at when it is read
     assert torch.equal(frames_of(store, vae, latent, lambda: None), vae.decode(latent))
+    cut = folder / "chunk_000002.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert DecodeStore(folder, "one").found == 5  # 1 + 4: what comes after the damaged one is of no use
     assert DecodeStore(folder, "another").found == 0
     assert files(folder) == {"notes.txt"}
     store.remove()
@@ -162,7 +166,7 @@ def test_a_run_that_was_stopped_says_what_is_kept(here: Path, weights: dict[str,
     file = open_latent(here / "clip.latent.safetensors")
     job = chosen(file, Form(), 0, None)
     vae = load(weights["cv-vae"])
-    store = store_for(vae, job, [here / "film.mp4"], blended=False)
+    store = store_for(vae, job, [here / "film.mp4"])
 
     def stop(frames: int) -> None:
         raise KeyboardInterrupt
@@ -188,3 +192,18 @@ def test_some_frames_of_a_latent_file(here: Path, weights: dict[str, Path]) -> N
         *given, "-o", "x.mkv", "--start", "70", "--frames", "10"
     )
     assert "all the rest from frame 75 on" in fail(*given, "-o", "x.mkv", "--start", "75")
+
+
+def test_pictures_go_on_and_blended_tiles_do_not(here: Path, weights: dict[str, Path]) -> None:
+    latents(here, weights["cv-vae"], 40)
+    given = ("decode", "clip.latent.safetensors", "-w", weights["cv-vae"], "-o", "out_%05d.png", "--resume")
+    file = open_latent(here / "clip.latent.safetensors")
+    job, vae = chosen(file, Form(), 0, None), load(weights["cv-vae"])
+    store = store_for(vae, job, [here / "out_%05d.png"])
+    next(iter(store.all(lambda done, kept: job.levels(vae, done, kept), 40, dim=1)))
+    (here / "out_00000.png").write_bytes(b"written before the crash")
+    assert "17 frames of 40 are there" in notes(*given)
+    assert len(list(here.glob("out_*.png"))) == 40
+    assert (here / "out_00000.png").read_bytes()[:4] == b"\x89PNG"
+    assert "out_00000.png exists already" in fail(*given)
+    assert "--resume goes with --tiling exact" in fail(*given[:-1], "-o", "x.mp4", "--resume", "--tiling", "blended")

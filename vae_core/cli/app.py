@@ -198,7 +198,10 @@ def decode_command(
     sound, missing = sound_of(file)
     paths = decoded_paths(file, path)
     inputs = [latents] + ([] if sound is None else [sound])
-    check_outputs(paths, overwrite=overwrite, inputs=inputs, frames=job.frames)
+    if resume and tiling is TilingOption.blended:
+        raise UserError("--resume goes with --tiling exact: which blended tiles are taken depends on memory.")
+    begun = resume and is_picture(path) and unfinished_folder(paths[0]).is_dir()  # some of the pictures are there
+    check_outputs(paths, overwrite=overwrite or begun, inputs=inputs, frames=job.frames)
     check_latent(file)
     vae = bounded(_load_for(file, weights, dtype, device), budget, ram, tiling, tile)
     if missing is not None:
@@ -206,7 +209,7 @@ def decode_command(
     meta = file.meta
     for text in lost_in_pictures(path, sound=sound is not None, times=meta.times is not None, aspect=meta.aspect):
         note(text)
-    store = store_for(vae, job, paths, blended=tiling is TilingOption.blended) if resume else None
+    store = store_for(vae, job, paths) if resume else None
     if store is not None and store.found:
         note(f"{_frames(store.found)} of {job.frames} are there from an earlier run; goes on after them.")
     elif store is None and unfinished_folder(paths[0]).is_dir():

@@ -187,7 +187,7 @@ def decode(
     return told
 
 
-def store_for(vae: VideoVAE, job: Decoding, paths: list[Path], *, blended: bool) -> DecodeStore:
+def store_for(vae: VideoVAE, job: Decoding, paths: list[Path]) -> DecodeStore:
     """Where the finished chunks of a decode to `paths` are kept; what a killed one left half-written goes.
 
     Raises VideoError where the disk is too full.
@@ -196,7 +196,7 @@ def store_for(vae: VideoVAE, job: Decoding, paths: list[Path], *, blended: bool)
         sweep(path)
     with job.file.path.open("rb") as latent:
         source = hashlib.file_digest(latent, "sha256").hexdigest()
-    how = f"{__version__} {torch.__version__} {vae.model.config} {vae.device.type} {blended} {job.form.deep}"
+    how = f"{__version__} {torch.__version__} {vae.model.config} {vae.device.type} {job.form.deep}"
     key = digest(source, f"{how} {job.start} {job.stop}", vae.model.state_dict())
     store = DecodeStore(unfinished_folder(paths[0]), key)
     height, width = job.size

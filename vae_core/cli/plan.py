@@ -72,6 +72,8 @@ def plan_command(
     kind = dtype_for(dtype, where)
     compression = vae.info.compression
     latents = compression.latent_frames(frames)
+    if rates is not None and not all(0 < rate < float("inf") for rate in rates):
+        raise UserError(f"--rates {' '.join(f'{rate:g}' for rate in rates)}: rates are finite and above 0.")
     asked: PlanOptions = {
         "budget_bytes": bytes_of(budget),
         "ram_bytes": bytes_of(ram),

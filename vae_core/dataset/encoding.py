@@ -73,7 +73,11 @@ class EncodeSettings:
 
     def load(self, device: torch.device | str) -> VideoVAE:
         """The VAE that encodes, within its limits."""
-        return self.limits.keep(load(self.weights, device=device, dtype=self.dtype))
+        vae = load(self.weights, device=device, dtype=self.dtype)
+        try:
+            return self.limits.keep(vae)
+        except ValueError as error:
+            raise EncodeJobError(str(error)) from error
 
 
 def _digest(weights: str) -> str:
@@ -111,11 +115,11 @@ def encode_row(vae: VideoVAE, file: ClipFile | None, key: str, part: Path, setti
             raise TrainingDataError(f"{key}: is no longer in the sources.")
         latent, info = encode_clip(vae, file, key, part.stem, settings)
         write_clip(part, latent, replace(info, source=error["source"]))
-    except (VideoError, TrainingDataError, BudgetError) as found:
+    except (VideoError, TrainingDataError) as found:
         logger.warning("Left out: %s", found)
         write_json(reason, error | {"kind": UNREADABLE, "reason": str(found)})
     except Exception as found:
-        if isinstance(found, EncodeJobError) or is_out_of_memory(found) or is_full(found):
+        if isinstance(found, (EncodeJobError, BudgetError)) or is_out_of_memory(found) or is_full(found):
             raise  # the clip is not to blame
         text = f"{key}: unexpected {type(found).__name__}: {found}"
         logger.warning("Left out: %s", text)

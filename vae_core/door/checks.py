@@ -56,6 +56,12 @@ def _shape_hint(x: Tensor, channels: int) -> str:
     return ""
 
 
+def check_start(start: int) -> None:
+    """Raise ValueError for what is no number of a frame."""
+    if type(start) is not int or start < 0:
+        raise ValueError(f"start={start} was asked for; frames are counted from 0: give 0 or more.")
+
+
 def check_frames(frames: int | None, latents: int, compression: Compression) -> int:
     """How many frames come out of so many latents; raises ValueError where others are asked for."""
     available = compression.pixel_frames(latents)

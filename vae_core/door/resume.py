@@ -11,10 +11,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..atomic import sweep
 from ..errors import CheckpointError, VideoError
 from ..run.snapshots import Remembered, Snapshots
 from ..weights.headers import UnreadableError, read_header
-from ..weights.tensors import read_tensors, write_tensors
+from ..weights.tensors import digest, read_tensors, write_tensors
 
 _ANY_SIZE = 1 << 62
 _CHUNK, _SNAPSHOT = "chunk", "snapshot"
@@ -35,9 +36,11 @@ class DecodeStore:
         self._key = key
         self._counts: list[int] = []  # frames of each chunk
         self._keeps = True
+        sweep(folder)
         for path in sorted(_files(folder)):
             count = _frames(path, key)
-            if count is None or (path.name.startswith(_CHUNK) and path != self._path(len(self._counts))):
+            damaged = path.name.startswith(_SNAPSHOT) and _read(path) is None
+            if count is None or damaged or (path.name.startswith(_CHUNK) and path != self._path(len(self._counts))):
                 path.unlink(missing_ok=True)
             elif path.name.startswith(_CHUNK):
                 self._counts.append(count)
@@ -63,8 +66,13 @@ class DecodeStore:
 
         total: frames of the whole. dim: the axis of time.
         """
-        for number in range(len(self._counts)):
-            yield read_tensors(self._path(number), _ANY_SIZE)[0]["frames"]
+        for number, count in enumerate(list(self._counts)):
+            chunk = (_read(self._path(number)) or {}).get("frames")
+            if chunk is None or chunk.shape[dim] != count:
+                _log.warning("%s is damaged: goes on from frame %d.", self._path(number), sum(self._counts[:number]))
+                del self._counts[number:]
+                break
+            yield chunk
         if self.frames < total:
             for chunk in decode(self.frames, self.snapshots):
                 self._keep(chunk, chunk.shape[dim])
@@ -74,7 +82,7 @@ class DecodeStore:
         """Keep nothing any more."""
         for path in _files(self.folder):
             path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        if self.folder.is_dir() and not self.folder.is_symlink() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _keep(self, chunk: Tensor, frames: int) -> None:
@@ -82,8 +90,7 @@ class DecodeStore:
             return
         try:
             self.folder.mkdir(exist_ok=True)
-            texts = {"key": self._key, "frames": str(frames)}
-            write_tensors(self._path(len(self._counts)), {"frames": chunk}, texts)
+            _write(self._path(len(self._counts)), {"frames": chunk}, self._key, frames)
             self._counts.append(frames)
         except (OSError, SafetensorError) as error:  # the video can be finished all the same
             self._keeps = False
@@ -110,7 +117,7 @@ class _Held(MutableMapping[int, Remembered]):
     def __setitem__(self, number: int, remembered: Remembered) -> None:
         try:
             self._folder.mkdir(exist_ok=True)
-            write_tensors(self._path(number), remembered, {"key": self._key, "frames": "0"})
+            _write(self._path(number), remembered, self._key, 0)
         except (OSError, SafetensorError) as error:
             _log.warning("what chunk %d leaves could not be kept for a later run: %s", number, error)
             return
@@ -134,7 +141,26 @@ class _Held(MutableMapping[int, Remembered]):
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file()]
+
+
+def _write(path: Path, tensors: Remembered, key: str, frames: int) -> None:
+    write_tensors(path, tensors, {"key": key, "frames": str(frames), "sha256": _sum(tensors)})
+
+
+def _read(path: Path) -> Remembered | None:
+    """What was written; None where anything of it has changed."""
+    try:
+        tensors, texts = read_tensors(path, _ANY_SIZE)
+    except CheckpointError:
+        return None
+    return tensors if texts.get("sha256") == _sum(tensors) else None
+
+
+def _sum(tensors: Remembered) -> str:
+    return digest(dict(sorted(tensors.items())))
 
 
 def _frames(path: Path, key: str) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Unpack
 
 import torch
@@ -20,9 +20,10 @@ from ..run.snapshots import Snapshots
 from ..run.stream import Between, Recover, RunOptions, run_chunks
 from ..run.tiling import AnyPlan
 from ..run.windows import pad_stream, rechunk, whole_stream
-from .checks import check_clip, check_frames, check_video, checked, draw, runs_on, size_checked
+from .checks import check_clip, check_frames, check_start, check_video, checked, draw, runs_on, size_checked
 from .info import VAEInfo
 from .output import collect, host_frames, trimmed
+from .planning import LONG, planned
 
 Progress = Callable[[int, int], None]
 VIDEO, LATENT = ("video", "frames in [-1, 1]"), ("latent", "unit-scale values")
@@ -214,6 +215,7 @@ class VideoVAE:
         family, config = self.model.family, self.model.config
         clips = checked([latent] if isinstance(latent, Tensor) else latent, family.id, config.latent_channels, *LATENT)
         space = family.compression.space
+        check_start(start)
         skipped = family.frames.before(start)
         if any(step.slots() for step in self.model.steps("decode")):
             skipped = 0 if snapshots is None else snapshots.before(skipped)
@@ -258,22 +260,6 @@ class VideoVAE:
         self._limits = plan, limits
         return self
 
-    def _planned(
-        self, direction: Direction, chunks: Iterable[Tensor], limits: PlanOptions, plan: AnyPlan
-    ) -> tuple[Iterable[Tensor], AnyPlan, Recover | None]:
-        """The chunks, how they run, and what happens when memory runs out."""
-        rest = iter(chunks)
-        first = next(rest, None)
-        if first is None:
-            return (), None, None
-        shape = (*first.shape[:2], _LONG, *first.shape[3:])  # plans do not depend on the length of long clips
-        options: PlanOptions = {"device": self.device, **limits}
-        if options.get("budget_bytes") is None and self.device.type == "cuda":
-            options["budget_bytes"] = int(AUTOMATIC_SHARE * torch.cuda.mem_get_info(self.device)[0])
-        if plan is None and (self.device.type != "cpu" or options.get("budget_bytes") or options.get("ram_bytes")):
-            plan = self._plan(shape, direction, {**options, "required": True}).tiles
-        return chain([first], rest), plan, lambda _, ran: self.smaller_plan(ran, shape, direction, **options)
-
     def _run(
         self,
         direction: Direction,
@@ -287,7 +273,7 @@ class VideoVAE:
         bring_back: bool = True,
     ) -> Iterator[Tensor]:
         if self._limits is not None and plan is None and recover is None:
-            chunks, plan, recover = self._planned(direction, chunks, self._limits[1], self._limits[0])
+            chunks, plan, recover = planned(self, direction, chunks, *self._limits)
         if self._others:
             networks = [self.model, *self._others]
             return run_on_several(chunks, networks, direction, plan, recover=recover, between=between)
@@ -353,7 +339,7 @@ class VideoVAE:
 
         frames: pixel frames of the clip, where it may be shorter than a chunk. plan: as in `decode`.
         """
-        latents = _LONG if frames is None else self._compression.latent_frames(frames)
+        latents = LONG if frames is None else self._compression.latent_frames(frames)
         shape = (1, self.model.config.latent_channels, latents, height, width)
         return device_bytes(self._task(shape, "decode", dtype or self.dtype), plan)
 
@@ -367,7 +353,7 @@ class VideoVAE:
         plan: AnyPlan = None,
     ) -> int:
         """As `decode_bytes`, while encoding one clip of height x width pixels."""
-        frames = self._compression.pixel_frames(_LONG) if frames is None else frames
+        frames = self._compression.pixel_frames(LONG) if frames is None else frames
         return device_bytes(self._task((1, 3, frames, height, width), "encode", dtype or self.dtype), plan)
 
     @property
@@ -394,7 +380,3 @@ class VideoVAE:
             latents=frames if decoding else self._compression.latent_frames(frames),
             size=(height, width) if decoding else (cells(height), cells(width)),
         )
-
-
-AUTOMATIC_SHARE = 0.85  # of the free memory of a GPU; the rest is for the screen, and what cannot be foreseen
-_LONG = 100  # latents; no chunk is longer

@@ -43,10 +43,10 @@ class Memory:
         there = self._claim(frames.numel() * frames.element_size()) if held is None else held.device == frames.device
         self._frames[slot] = frames if self.home is None or there else frames.to(self.home)
 
-    def pop(self, slot: str) -> Tensor | None:
-        """Forget what is kept under `slot`; it comes in RAM."""
-        frames = self._frames.pop(slot, None)
-        return None if frames is None else frames.cpu()
+    def move(self, home: torch.device) -> None:
+        """Have everything on another device, one tensor after another."""
+        for slot in self._frames:
+            self._frames[slot] = self._frames[slot].to(home)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._frames)

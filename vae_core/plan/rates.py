@@ -35,6 +35,10 @@ class Rates:
         """How long something takes that needs so much: what is copied is copied while the device computes."""
         return sum(max(work.flops / self.flops, work.moved / self.memory, work.bus / self.bus) for work in need.stages)
 
+    def slower(self, times: float) -> Rates:
+        """Those of a device on which runs took so many times as long."""
+        return Rates(flops=self.flops / times, memory=self.memory / times, bus=self.bus / times)
+
 
 NOMINAL = Rates(flops=60e12, memory=450e9, bus=12e9, guessed=True)  # a card of the middle class
 NOMINAL_CPU = Rates(flops=1e11, memory=2e10, bus=1e10, guessed=True)

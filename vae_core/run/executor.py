@@ -37,6 +37,11 @@ class Track:
     done: int = 0
     clip: Clip | None = None
 
+    def leave(self, home: torch.device) -> None:
+        """Have everything on another device."""
+        self.memory.move(home)
+        self.clip = None if self.clip is None else Clip([self.clip.tensor().to(home)])
+
 
 @dataclass
 class Progress:
@@ -132,6 +137,8 @@ class Pass:
         self.plan = _allowed(plan, self.network)
         self._waiting = None
         if isinstance(self.plan, TilePlan) and self._streams:
+            for track in self._tracks:
+                track.leave(torch.device("cpu"))  # the device is full
             self._tracks = [track for old in self._tracks for track in self._cut(old, self.plan)]
 
     def remembered(self) -> dict[str, Tensor]:
@@ -341,25 +348,19 @@ class Pass:
         return clip, plus
 
     def _cut(self, old: Track, plan: TilePlan) -> list[Track]:
-        """A tile cut into smaller ones, wherever it is; what it holds goes through RAM, as the device is full."""
+        """A tile cut into smaller ones, wherever it is; what it holds lies in RAM, and stays as it is."""
         tracks = self._new_tracks(plan.tiles(old.core), old.done)
-        for segment in self._segments:
-            if segment.whole:
-                continue
-            before = segment.regions(old.core, self._latent)
-            after = [segment.regions(track.core, self._latent) for track in tracks]
-            for i, step in enumerate(segment.steps):
-                for slot in step.slots():
-                    frames = old.memory.pop(slot)
-                    for track, regions in zip(tracks, after, strict=True):
-                        if frames is not None:
-                            track.memory.put(slot, self._placed(regions[i].of(frames, before[i])))
-            if old.clip is not None:
-                done = sum(map(len, list(skips(segment.steps))[: old.done]))
-                x = old.clip.tensor().cpu()
-                for track, regions in zip(tracks, after, strict=True):
-                    track.clip = Clip([self._placed(regions[done].of(x, before[done]))])
-                old.clip = None
+        for (slot, _, ((_, before),)), (_, _, after) in zip(self._slots([old]), self._slots(tracks), strict=True):
+            frames = old.memory.get(slot, torch.device("cpu"))
+            for track, region in after if frames is not None else ():
+                track.memory.put(slot, self._placed(region.of(frames, before)))
+        if old.clip is not None:
+            segment = next(segment for segment in self._segments if not segment.whole)
+            done = sum(map(len, list(skips(segment.steps))[: old.done]))
+            before = segment.regions(old.core, self._latent)[done]
+            for track in tracks:
+                region = segment.regions(track.core, self._latent)[done]
+                track.clip = Clip([self._placed(region.of(old.clip.tensor(), before))])
         return tracks
 
     def _placed(self, x: Tensor) -> Tensor:

@@ -88,15 +88,26 @@ def _run_chunk(
         except Exception as error:
             if recover is None or not is_out_of_memory(error):
                 raise
-            failure = error
-        # Outside the handler, and without the traceback, whose frames keep the tensors of the failed chunk alive.
-        failure = failure.with_traceback(None)
-        failure.__context__ = failure.__cause__ = None
-        plan = recover(failure, work.plan)
-        if plan is None:
-            raise failure
-        del failure
+            failure: Exception | None = error
+        while failure is not None:
+            # Outside the handler, and without the traceback, whose frames keep the tensors of the failed chunk alive.
+            failure = failure.with_traceback(None)
+            failure.__context__ = failure.__cause__ = None
+            plan = recover(failure, work.plan)
+            if plan is None:
+                raise failure
+            failure = _switched(work, plan)
+
+
+def _switched(work: Pass, plan: AnyPlan) -> Exception | None:
+    """Go on by a plan; the error, where memory runs out over that."""
+    try:
         work.switch(plan)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return error
+    return None
 
 
 def _uncompiled() -> Callable[..., Tensor]:
