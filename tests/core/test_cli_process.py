@@ -65,7 +65,8 @@ def test_a_signal_leaves_no_half_file(
     gray_clip(tmp_path / "clip.mp4", 800)
 
     def heard() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell in the background has switched off
+        for name in (signal.SIGINT, signal.SIGHUP):  # which a shell in the background, or nohup, has switched off
+            signal.signal(name, signal.SIG_DFL)
 
     with subprocess.Popen(
         command(*words, "clip.mp4", "-w", weights),
