@@ -58,7 +58,7 @@ def test_a_vae_keeps_within_its_limits(family: str, small_vae: Make) -> None:
 
     list(vae.decode_stream(latent, between=count))
     plain, calls = calls, 0
-    vae.within(budget_bytes=int(0.95 * vae.decode_bytes(8, 8)))
+    vae.within(budget_bytes=int(0.95 * vae.plan_decode(latent.shape).device_bytes))
     got = torch.cat(list(vae.decode_stream(latent, between=count)), dim=2)
     assert calls > plain  # in strips or tiles
     assert (got - whole).abs().max() <= 1e-10 * whole.std()
@@ -85,7 +85,7 @@ def test_snapshots_let_a_streaming_network_begin_near(small_vae: Make, kept_in: 
     got = torch.cat(list(vae.decode_stream(latent, start=22, plan=read_in, snapshots=snapshots, between=count)), dim=2)
     assert got.shape[2] == 7
     assert (got - whole[:, :, 22:]).abs().max() <= 1e-12 * whole.std()
-    assert steps * 4 == everything  # two groups of eight: the one with frame 22, from the snapshot before it, and one
+    assert 0.2 < steps / everything < 0.3  # two groups of eight: that of frame 22, after a snapshot, and one more
 
 
 def test_snapshots_are_nothing_where_chunks_stand_alone(small_vae: Make) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..families import Direction, Network
 from .executor import Pass
-from .stream import Between, Recover, run_chunks
+from .stream import Between, Recover, is_out_of_memory, run_chunks
 from .tiling import AnyPlan
 
 
@@ -37,8 +37,14 @@ def run_on_several(
         with lock:
             if ended.is_set():
                 raise _EndedError
-            if between is not None:
+            if between is None:
+                return
+            try:
                 between()
+            except BaseException as error:
+                if not (isinstance(error, Exception) and is_out_of_memory(error)):  # which ends nothing yet
+                    ended.set()
+                raise
 
     def recovered(error: Exception, plan: AnyPlan) -> AnyPlan:
         with lock:
