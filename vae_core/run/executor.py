@@ -352,8 +352,9 @@ class Pass:
         tracks = self._new_tracks(plan.tiles(old.core), old.done)
         for (slot, _, ((_, before),)), (_, _, after) in zip(self._slots([old]), self._slots(tracks), strict=True):
             frames = old.memory.get(slot, torch.device("cpu"))
-            for track, region in after if frames is not None else ():
-                track.memory.put(slot, self._placed(region.of(frames, before)))
+            if frames is not None:
+                for track, region in after:
+                    track.memory.put(slot, self._placed(region.of(frames, before)))
         if old.clip is not None:
             segment = next(segment for segment in self._segments if not segment.whole)
             done = sum(map(len, list(skips(segment.steps))[: old.done]))
